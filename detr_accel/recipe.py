@@ -1,0 +1,481 @@
+"""Every knob of a run: typed, with unit, range and meaning. ``load`` reads a YAML recipe, or refuses it in words.
+
+A recipe file holds only what differs from the defaults below. Nothing outside this file invents a knob, and no class
+below floor 3 sees a recipe: the builders in each wing's ``__init__`` unpack it into plain arguments.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError
+
+from detr_accel.structures import UserError
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class Shapes(Section):
+    """The procedural data set behind ``data.format: shapes``."""
+
+    num_train: Positive = 4000
+    """Images in the training split."""
+    num_val: Positive = 200
+    """Images in the validation split."""
+    image_size: Annotated[int, Field(ge=64, le=2048)] = 192
+    """Longest side of an image, in pixels; the other side varies between 0.75 of it and all of it."""
+    max_objects: Annotated[int, Field(ge=1, le=100)] = 6
+    """Most objects in one image."""
+    empty_fraction: Fraction = 0.05
+    """Share of images without any object."""
+
+
+class Augment(Section):
+    """Training geometry: flip, then resize, or (half of the time) resize, crop, resize. Sizes are in pixels."""
+
+    flip: Fraction = 0.5
+    """Probability of a horizontal flip."""
+    scales: list[Positive] = [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
+    """Lengths of the short side to draw from."""
+    max_size: Positive = 1333
+    """Upper bound of the long side."""
+    crop: Fraction = 0.5
+    """Probability of the resize-crop-resize branch."""
+    crop_scales: list[Positive] = [400, 500, 600]
+    """Short sides before the crop; no bound on the long side."""
+    crop_size: tuple[Positive, Positive] = (384, 600)
+    """Least and greatest side of the crop."""
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Augment:
+        if not self.scales:
+            raise ValueError("scales needs at least one size, such as [800]")
+        if self.crop > 0 and not self.crop_scales:
+            raise ValueError("crop_scales needs at least one size while crop is above 0")
+        if self.crop_size[0] > self.crop_size[1]:
+            raise ValueError(f"crop_size is [least, greatest], but {self.crop_size[0]} > {self.crop_size[1]}")
+        return self
+
+
+class Data(Section):
+    """Where the images are and how they are read."""
+
+    format: Literal["coco", "shapes"] = "coco"
+    """``coco``: a folder with images and annotation json. ``shapes``: made on the fly, nothing to download."""
+    root: str | None = None
+    """Folder of the data set. The usual layouts are found without being told."""
+    train_images: str | None = None
+    """Image folder of the training split, absolute or relative to root; found by itself when left out."""
+    train_annotations: str | None = None
+    """COCO json of the training split, absolute or relative to root; found by itself when left out."""
+    val_images: str | None = None
+    """As train_images, for the validation split."""
+    val_annotations: str | None = None
+    """As train_annotations, for the validation split."""
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the images kept for validation when there is a single json; the split is drawn by seed and saved."""
+    workers: Annotated[int, Field(ge=0, le=256)] = 2
+    """Loader processes per training process. 0 reads in the training process itself."""
+    prefetch: Positive = 2
+    """Micro-batches that each worker keeps ready."""
+    augment: Augment = Augment()
+    eval_size: Positive = 800
+    """Short side at evaluation and prediction, in pixels."""
+    eval_max_size: Positive = 1333
+    """Upper bound of the long side at evaluation and prediction, in pixels."""
+    shapes: Shapes = Shapes()
+
+
+class Backbone(Section):
+    """A timm model, used through features_only."""
+
+    name: str = "resnet101.tv_in1k"
+    """Any timm name with features: ``resnet101.tv_in1k`` is the one of the DETR paper."""
+    weights: str = "pretrained"
+    """``pretrained`` (timm's, downloaded once), ``none`` (random: needs norm live), or the path of a local file."""
+    norm: Literal["auto", "frozen", "live"] = "auto"
+    """``frozen``: BatchNorm keeps the pretrained statistics, as DETR does. ``live``: it trains. ``auto``: frozen exactly
+    when the weights are pretrained; frozen statistics on random weights are refused."""
+    frozen_stages: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """How many parts, counted from the stem, do not train: 0 none, 1 stem, 2 stem and first stage (DETR). ``auto``: 2
+    with pretrained weights, 0 with random ones."""
+    dc5: bool = False
+    """Dilate the last stage: stride 16 instead of 32, about twice the computation."""
+    fold_norm: bool = True
+    """Fold frozen BatchNorm into the convolution at each forward: the same model, less memory and time."""
+
+
+class Model(Section):
+    """The detector. The defaults are DETR's own."""
+
+    name: Literal["detr"] = "detr"
+    backbone: Backbone = Backbone()
+    hidden_dim: Annotated[int, Field(ge=8, le=2048)] = 256
+    """Width of the transformer; a multiple of num_heads and of 4."""
+    num_heads: Positive = 8
+    num_encoder_layers: Annotated[int, Field(ge=0)] = 6
+    num_decoder_layers: Positive = 6
+    dim_feedforward: Positive = 2048
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    num_queries: Positive = 100
+    """Most objects that can be found in one image."""
+    init_from: str | None = None
+    """Start from a trained detector: a run, a checkpoint or a converted folder, a .pth or .safetensors file, or a hub id
+    such as ``facebook/detr-resnet-101``. Takes the place of backbone.weights."""
+    init_head: Literal["match", "keep", "reset"] = "match"
+    """What happens to the class head of init_from: ``match`` takes the rows whose class names are in the data set,
+    ``keep`` takes it whole (class tables must be equal), ``reset`` starts it anew."""
+    activation_checkpointing: list[Literal["backbone", "encoder", "decoder"]] = []
+    """Parts that are computed again in backward instead of being kept: less memory, more time."""
+
+    @model_validator(mode="after")
+    def _dims_fit(self) -> Model:
+        if self.hidden_dim % self.num_heads or self.hidden_dim % 4:
+            raise ValueError(
+                f"hidden_dim {self.hidden_dim} must be a multiple of num_heads {self.num_heads} and of 4 (two axes of "
+                "sine and cosine)"
+            )
+        return self
+
+
+class Loss(Section):
+    """Weights of the loss terms and of the matching cost (DETR: 1, 5, 2 for both)."""
+
+    ce: Annotated[float, Field(ge=0)] = 1.0
+    bbox: Annotated[float, Field(ge=0)] = 5.0
+    giou: Annotated[float, Field(ge=0)] = 2.0
+    eos_coef: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Weight of the no-object class."""
+    aux: bool = True
+    """Supervise every decoder layer, not only the last."""
+    cost_class: Annotated[float, Field(ge=0)] = 1.0
+    cost_bbox: Annotated[float, Field(ge=0)] = 5.0
+    cost_giou: Annotated[float, Field(ge=0)] = 2.0
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> Loss:
+        if self.cost_class == self.cost_bbox == self.cost_giou == 0:
+            raise ValueError("cost_class, cost_bbox and cost_giou are all 0: nothing would decide the matching")
+        return self
+
+
+class BatchSize(Section):
+    """Images per optimizer step, and how a step is cut."""
+
+    size: Positive = 16
+    """Images per optimizer step, over all processes. The learning rate belongs to it; it never changes by itself."""
+    micro: Positive = 2
+    """Images per process and forward. Accumulation follows: size / (micro x processes), rounded up."""
+
+
+class Optim(Section):
+    """AdamW."""
+
+    lr: Annotated[float, Field(ge=0)] = 1e-4
+    """Learning rate of the transformer and the heads."""
+    lr_backbone: Annotated[float, Field(ge=0)] = 1e-5
+    """Learning rate of the backbone; 0 freezes it whole."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    clip_norm: Annotated[float, Field(gt=0)] | None = 0.1
+    """Upper bound of the gradient's total L2 norm; null switches it off."""
+    clip_value: Annotated[float, Field(gt=0)] | None = None
+    """Upper bound of each gradient component; null switches it off. Not together with clip_norm."""
+
+    @model_validator(mode="after")
+    def _one_clip(self) -> Optim:
+        if self.clip_norm is not None and self.clip_value is not None:
+            raise ValueError("set clip_norm or clip_value, not both: write clip_norm: null to clip by value")
+        return self
+
+
+class Schedule(Section):
+    """How long, and how the learning rate moves."""
+
+    epochs: Annotated[float, Field(gt=0)] = 300
+    """Length of the training, in passes over the training split."""
+    steps: Positive | None = None
+    """Length in optimizer steps; takes the place of epochs when set."""
+    kind: Literal["step", "cosine", "constant"] = "step"
+    """``step``: multiply by gamma at each of drop_at. ``cosine``: fall to min_factor at the end."""
+    drop_at: list[Annotated[float, Field(gt=0, lt=1)]] = [0.6667]
+    """Fractions of the training at which ``step`` drops (DETR: 200 of 300 epochs, 400 of 500)."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    min_factor: Fraction = 0.0
+    """What cosine leaves of the learning rate at the end."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate rises linearly from 0."""
+
+
+class Ema(Section):
+    """Exponential moving average of the weights."""
+
+    enabled: bool = False
+    """When on, both weights are kept, and evaluation uses the average."""
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.9998
+    warmup_steps: Positive = 2000
+    """The decay in force after t steps is decay * (1 - exp(-t / warmup_steps))."""
+
+
+class Evaluate(Section):
+    """COCO metrics on the validation split."""
+
+    every_epochs: Annotated[float, Field(gt=0)] = 1.0
+    """How often, in epochs; the end of the training is always evaluated."""
+    batch: Positive = 2
+    """Images per process and forward."""
+    max_detections: Positive = 100
+    """Most detections an image may contribute (COCO: 100)."""
+    backend: Literal["hotcoco", "pycocotools"] = "hotcoco"
+    """hotcoco gives the same digits, about a hundred times faster."""
+    metric: Literal["AP", "AP50", "AP75", "AR100"] = "AP"
+    """By which ``best`` is chosen."""
+    panel_images: Annotated[int, Field(ge=0, le=64)] = 8
+    """Validation images shown with true and predicted boxes in W&B."""
+
+
+class Checkpoint(Section):
+    every_epochs: Annotated[float, Field(gt=0)] = 1.0
+    """How often, in epochs; the end of the training is always saved."""
+
+
+class Wandb(Section):
+    """Weights & Biases. Without an account or key the run is written offline; it never asks and never hangs."""
+
+    enabled: bool = True
+    project: str = "detr_accel"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = []
+    mode: Literal["auto", "online", "offline"] = "auto"
+    """``auto``: online with a key, offline without."""
+    upload_weights: bool = False
+    """Send the best checkpoint as an artifact."""
+
+
+class Log(Section):
+    every: Positive = 10
+    """Windows between two logged rows; the numbers are read from the device only then."""
+    wandb: Wandb = Wandb()
+
+
+class Dist(Section):
+    overlap: bool = False
+    """Reduce gradients during the last backward of a window (for slow interconnects) instead of after it."""
+    timeout_minutes: Annotated[float, Field(gt=0)] = 30.0
+    """How long a process waits for the others before the run is given up."""
+
+
+class Recipe(Section):
+    """One file = one run = what differs from these defaults."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    """The run lives in runs/NAME."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
+    deterministic: bool = False
+    """Deterministic kernels everywhere: repeatable bit for bit on one machine, and slower on a GPU."""
+    precision: Literal["no", "bf16", "fp16"] | None = None
+    """Mixed precision. null takes the launcher's choice (accelerate_config.yaml); a conflict with it is refused."""
+    device: Literal["auto", "cpu"] = "auto"
+    """``cpu`` keeps the run off a GPU that is there."""
+    data: Data = Data()
+    model: Model = Model()
+    loss: Loss = Loss()
+    batch: BatchSize = BatchSize()
+    optim: Optim = Optim()
+    schedule: Schedule = Schedule()
+    ema: Ema = Ema()
+    evaluate: Evaluate = Evaluate()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+    dist: Dist = Dist()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Recipe:
+        backbone = self.model.backbone
+        if self.data.format == "coco" and self.data.root is None and self.data.train_annotations is None:
+            raise ValueError("data.root is not set: give the folder of the data set, for example data.root=/data/coco")
+        if backbone.weights == "none" and self.model.init_from is None and backbone.norm == "frozen":
+            raise ValueError(
+                "model.backbone.norm is frozen while model.backbone.weights is none: frozen statistics on random weights "
+                "destroy the signal; use norm: live (or auto)"
+            )
+        return self
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: ``key=value`` with a dotted key; the value is read as YAML.
+    Raises:
+        UserError: one line for every mistake, with line, key, value, what is allowed, and the nearest known key.
+    """
+    tree, lines = _read_yaml(Path(path))
+    for text in overrides:
+        _apply_override(tree, lines, text)
+    return _validate(tree, lines, str(path))
+
+
+def loads(text: str, source: str = "recipe") -> Recipe:
+    """As ``load``, from a string (a resolved recipe inside a checkpoint)."""
+    tree, lines = _parse(text, source)
+    return _validate(tree, lines, source)
+
+
+def dumps(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; ``loads(dumps(r)) == r``, and it can be launched again as it is."""
+    out = io.StringIO()
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.dump(json.loads(recipe.model_dump_json()), out)
+    return out.getvalue()
+
+
+def schema() -> str:
+    """JSON schema of a recipe, for completion in editors."""
+    return json.dumps(Recipe.model_json_schema(), indent=1) + "\n"
+
+
+def folder() -> Path:
+    """Where the shipped recipes are: inside an installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def _read_yaml(path: Path) -> tuple[dict, dict[str, str]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        known = sorted(p.name for p in folder().glob("*.yaml"))
+        raise UserError(f"no recipe at {path}; shipped ones in {folder()}: {', '.join(known)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read recipe {path}: {error}") from None
+    return _parse(text, str(path))
+
+
+def _parse(text: str, source: str) -> tuple[dict, dict[str, str]]:
+    try:
+        tree = YAML(typ="rt").load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{source}, line {mark.line + 1}" if mark else source
+        raise UserError(f"{where}: not valid YAML: {error.problem}") from None
+    if tree is None:
+        return {}, {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{source}: a recipe is a mapping of keys to values, not a {type(tree).__name__}")
+    lines: dict[str, str] = {}
+    _collect_lines(tree, "", source, lines)
+    return _plain(tree), lines
+
+
+def _collect_lines(tree: Any, prefix: str, source: str, lines: dict[str, str]) -> None:
+    for key, value in tree.items():
+        dotted = f"{prefix}{key}"
+        lines[dotted] = f"{source}, line {tree.lc.key(key)[0] + 1}"
+        if isinstance(value, dict):
+            _collect_lines(value, f"{dotted}.", source, lines)
+
+
+def _plain(node: Any) -> Any:
+    """ruamel's round-trip types -> plain ones. (Its floats and ints are subclasses that strict validation would accept,
+    but that do not survive json.)"""
+    if isinstance(node, dict):
+        return {str(k): _plain(v) for k, v in node.items()}
+    if isinstance(node, list):
+        return [_plain(v) for v in node]
+    if isinstance(node, bool) or node is None:
+        return node
+    for kind in (int, float, str):
+        if isinstance(node, kind):
+            return kind(node)
+    return node
+
+
+def _apply_override(tree: dict, lines: dict[str, str], text: str) -> None:
+    key, sep, value = text.partition("=")
+    key = key.strip().removeprefix("--")
+    if not sep or not key:
+        raise UserError(f"{text!r} is not an override; write key=value, for example optim.lr=5e-5")
+    try:
+        parsed = _plain(YAML(typ="rt").load(value)) if value.strip() else None
+    except MarkedYAMLError:
+        parsed = value
+    node = tree
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        if not isinstance(node.get(parent), dict):
+            node[parent] = {}
+        node = node[parent]
+    if isinstance(parsed, dict) and isinstance(node.get(leaf), dict):
+        node[leaf].update(parsed)
+    else:
+        node[leaf] = parsed
+    lines[key] = "command line"
+
+
+def _validate(tree: dict, lines: dict[str, str], source: str) -> Recipe:
+    try:
+        # lists in YAML stand for tuples; strict validation through json accepts them and stays strict otherwise
+        return Recipe.model_validate_json(json.dumps(tree, default=str))
+    except ValidationError as error:
+        rows = list(dict.fromkeys(_explain(e, lines, source) for e in error.errors()))
+        raise UserError("\n".join(rows)) from None
+
+
+def _explain(error: Any, lines: dict[str, str], source: str) -> str:
+    # pydantic appends the tried member of a union to the location; those parts are no keys
+    parts: list[str] = []
+    for part in error["loc"]:
+        if isinstance(part, str) and (".".join([*parts, part]) not in _known() and error["type"] != "extra_forbidden"):
+            break
+        parts.append(str(part))
+    key = ".".join(parts)
+    named = ".".join(p for p in parts if not p.isdigit())
+    where = lines.get(named) or lines.get(named.rpartition(".")[0]) or source
+    value = error.get("input")
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, _known(), n=1, cutoff=0.6) or _same_leaf(key)
+        hint = f"; did you mean {near[0]}?" if near else "; see detr-accel recipes for the keys there are"
+        return f"{where}: {key}: no such key{hint}"
+    if error["type"] == "value_error":
+        text = str(error["ctx"]["error"])
+        return f"{where}: {key}: {text}" if key else f"{source}: {text}"
+    return f"{where}: {key}: {json.dumps(value, default=str)} is refused: {_allowed(error)}"
+
+
+def _allowed(error: Any) -> str:
+    message = error["msg"][0].lower() + error["msg"][1:]
+    if message.startswith("input should be"):
+        return "it" + message.removeprefix("input")
+    return message
+
+
+def _same_leaf(key: str) -> list[str]:
+    leaf = key.rpartition(".")[2]
+    by_leaf = {k.rpartition(".")[2]: k for k in reversed(_known())}
+    near = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)
+    return [by_leaf[near[0]]] if near else []
+
+
+def _known(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, info in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            keys += _known(info.annotation, f"{prefix}{name}.")
+    return keys

@@ -1,0 +1,131 @@
+"""The few types that cross a wall between rooms.
+
+Legend: B batch, H W padded canvas, N boxes of one image, Q queries, C classes.
+Boxes are always named with their format: ``boxes_xyxy_px`` in pixels, ``boxes_cxcywh`` in 0..1 of the un-padded image.
+Sizes are (height, width) in pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+
+class UserError(ValueError):
+    """A mistake the person can mend; the command line prints it as one sentence and exits with code 2."""
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The table between contiguous labels and a data set's own category ids.
+
+    Label ``i`` is ``names[i]`` and leaves the program as ``category_ids[i]``. ``None`` marks a label that no category
+    uses (the official DETR checkpoints keep 91 labels for 80 categories).
+    """
+
+    names: tuple[str | None, ...]
+    category_ids: tuple[int | None, ...]
+
+    def __post_init__(self) -> None:
+        assert len(self.names) == len(self.category_ids)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def label_of(self) -> dict[int, int]:
+        """Category id -> label."""
+        return {c: i for i, c in enumerate(self.category_ids) if c is not None}
+
+    def to_json(self) -> dict:
+        return {"names": list(self.names), "category_ids": list(self.category_ids)}
+
+    @classmethod
+    def from_json(cls, data: dict) -> Classes:
+        return cls(tuple(data["names"]), tuple(data["category_ids"]))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image as its source hands it over: decoded, not yet transformed. Crowd regions are already left out."""
+
+    image: np.ndarray  # uint8 [H, W, 3], RGB
+    image_id: int
+    boxes_xyxy_px: np.ndarray  # float32 [N, 4]
+    labels: np.ndarray  # int64 [N], contiguous
+
+
+@dataclass
+class Targets:
+    """What one image should be found to contain."""
+
+    image_id: int
+    labels: torch.Tensor  # int64 [N]
+    boxes_cxcywh: torch.Tensor  # float32 [N, 4], 0..1 of ``size_px``
+    size_px: tuple[int, int]  # (h, w) of the un-padded image that reaches the model
+    orig_size_px: tuple[int, int]  # (h, w) of the file
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
+        return replace(
+            self,
+            labels=self.labels.to(device, non_blocking=non_blocking),
+            boxes_cxcywh=self.boxes_cxcywh.to(device, non_blocking=non_blocking),
+        )
+
+
+@dataclass
+class Batch:
+    """One micro-batch, padded bottom and right to the window's canvas."""
+
+    images: torch.Tensor  # float32 [B, 3, H, W], normalised, 0 where padded
+    mask: torch.Tensor  # bool [B, H, W], True = padding
+    targets: list[Targets]
+    positions: tuple[int, ...]  # each image's global position in the epoch (training) or in the split (evaluation)
+    window: int = 0
+    epoch: int = 0
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        return replace(
+            self,
+            images=self.images.to(device, non_blocking=non_blocking),
+            mask=self.mask.to(device, non_blocking=non_blocking),
+            targets=[t.to(device, non_blocking) for t in self.targets],
+        )
+
+    def pin_memory(self) -> Batch:
+        return replace(self, images=self.images.pin_memory(), mask=self.mask.pin_memory())
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What was found in one image, best first; ties keep the order of the queries."""
+
+    image_id: int
+    scores: np.ndarray  # float32 [K]
+    labels: np.ndarray  # int64 [K], the model's own labels
+    boxes_xyxy_px: np.ndarray  # float32 [K, 4], pixels of the original file
+
+
+@dataclass
+class StepStats:
+    """One window as the monitors see it. Losses are already divided by their global counts."""
+
+    window: int  # windows trained so far, this one included; only ever grows
+    step: int  # accepted optimizer updates so far
+    epoch: float  # windows / windows per epoch
+    loss: float
+    losses: dict[str, float]  # loss_ce, loss_bbox, loss_giou, loss_ce_0, ...
+    grad_norm: float  # before clipping, over all parameters
+    grad_norms: dict[str, float]  # the same per parameter group
+    lr: dict[str, float]  # per parameter group
+    num_images: int
+    num_boxes: int
+    seconds: float  # the whole window
+    wait_seconds: float  # of which: waiting for data
+    accepted: bool = True
+    extra: dict[str, float] = field(default_factory=dict)
