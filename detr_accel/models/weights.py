@@ -1,0 +1,186 @@
+"""The model folder: what a trained detector is on disk.
+
+``model.safetensors`` (keys free of wrapper prefixes), ``recipe.yaml`` (resolved), ``classes.json`` (label -> name and
+category id) and ``meta.json``: which ``weights`` these are (``ema`` or ``raw``), by which ``metric`` with which
+``value`` they were chosen, after which ``window``, and the score ``threshold`` of best F1. Nothing here is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from detr_accel import recipe as recipes
+from detr_accel.models.keymaps import StateDict, strip_wrappers
+from detr_accel.structures import Classes, UserError
+
+MODEL, RECIPE, CLASSES, META = "model.safetensors", "recipe.yaml", "classes.json", "meta.json"
+_REMEDY = "copy it again or take another checkpoint"
+
+
+@dataclass
+class Loaded:
+    """A detector as read from disk. ``report``: what was and was not read, in lines to print."""
+
+    state_dict: StateDict
+    recipe: recipes.Recipe
+    classes: Classes
+    meta: dict[str, Any]
+    folder: Path
+    report: list[str] = field(default_factory=list)
+
+
+def save(
+    folder: str | Path,
+    model: nn.Module | StateDict,
+    recipe_yaml: str,
+    classes: Classes,
+    meta: dict[str, Any] | None = None,
+) -> None:
+    """Write a model folder.
+
+    Args:
+        folder: created where it is missing; files of the same names are replaced.
+        model: a module, wrapped or not, or its state dict.
+        recipe_yaml: the resolved recipe, ``recipe.dumps``.
+        meta: see the module's docstring; anything json can hold.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = model.state_dict() if isinstance(model, nn.Module) else model
+    save_file(_own_memory(state), folder / MODEL, metadata={"format": "pt"})
+    (folder / RECIPE).write_text(recipe_yaml, encoding="utf-8")
+    (folder / CLASSES).write_text(_json(classes.to_json()), encoding="utf-8")
+    (folder / META).write_text(_json(meta or {}), encoding="utf-8")
+
+
+def load(path: str | Path, which: str | None = None) -> Loaded:
+    """Read a model folder, or the one inside a run or checkpoint folder, onto the CPU.
+
+    Raises:
+        UserError: nothing there, a file missing or damaged, or parts that do not belong together.
+    """
+    folder = find(path, which)
+    state = read_safetensors(folder / MODEL)
+    recipe = recipes.loads(_read_text(folder / RECIPE), str(folder / RECIPE))
+    classes = _read_classes(folder / CLASSES)
+    check_head(state, classes, folder)
+    meta = _read_json(folder / META) if (folder / META).exists() else {}
+    return Loaded(state, recipe, classes, meta, folder)
+
+
+def find(path: str | Path, which: str | None = None) -> Path:
+    """The model folder that ``path`` means.
+
+    Args:
+        path: a run (``checkpoints/best``, else ``checkpoints/last``), a checkpoint, or a model folder.
+        which: ``best`` or ``last``, to insist on one of a run's checkpoints.
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path)
+    if path.name == MODEL and path.is_file():
+        path = path.parent
+    if not path.exists():
+        raise UserError(f"nothing at {path}: give a run folder (runs/NAME), a checkpoint or a model folder")
+    folders = [path / "checkpoints" / name for name in ([which] if which else ["best", "last"])]
+    if which is None or not (path / "checkpoints").is_dir():
+        folders.insert(0, path)
+    for folder in folders:
+        for candidate in (folder, folder / "model"):
+            if (candidate / MODEL).is_file():
+                return candidate
+    if (path / "checkpoints").is_dir():
+        wanted = which or "best or last"
+        raise UserError(f"run {path} has no finished checkpoint ({wanted}) yet: let it reach its first one")
+    raise UserError(f"no {MODEL} in {path}: give a run folder (runs/NAME), a checkpoint or a model folder")
+
+
+def load_into(model: nn.Module, state: StateDict, source: str | Path) -> None:
+    """Fill a model with weights that must fit it exactly.
+
+    Raises:
+        UserError: names the first keys that are missing, unexpected or of another shape.
+    """
+    own = model.state_dict()
+    faults = [f"{k} is missing" for k in own if k not in state]
+    faults += [f"{k} is not known to the model" for k in state if k not in own]
+    faults += [
+        f"{k} is {tuple(state[k].shape)} and should be {tuple(own[k].shape)}"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
+    if faults:
+        more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
+        first = "; ".join(faults[:3]) + more
+        raise UserError(f"the weights in {source} do not fit the model that the recipe describes: {first}")
+    model.load_state_dict(state)
+
+
+def read_safetensors(path: Path) -> StateDict:
+    """Tensors of a safetensors file, by names free of wrapper prefixes."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing: the folder is not a whole model; take another checkpoint")
+    try:
+        return {strip_wrappers(k): v for k, v in load_file(path, device="cpu").items()}
+    except (SafetensorError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is damaged or cut short ({reason}): {_REMEDY}") from None
+
+
+def check_head(state: StateDict, classes: Classes, where: str | Path) -> None:
+    """Refuse a class table that does not belong to the class head."""
+    head = state.get("class_embed.bias")
+    if head is not None and len(head) != len(classes) + 1:
+        raise UserError(
+            f"{where}: the class table names {len(classes)} labels, but the head has {len(head)} outputs "
+            f"({len(head) - 1} labels and no-object): they are from different models"
+        )
+
+
+def _own_memory(state: StateDict) -> StateDict:
+    """Contiguous CPU tensors that share no memory, which safetensors insists on."""
+    seen: set[int] = set()
+    out: StateDict = {}
+    for key, value in state.items():
+        value = value.detach().to("cpu").contiguous()
+        pointer = value.untyped_storage().data_ptr()
+        if pointer in seen:
+            value = value.clone()
+        seen.add(pointer)
+        out[strip_wrappers(key)] = value
+    return out
+
+
+def _read_classes(path: Path) -> Classes:
+    data = _read_json(path)
+    try:
+        return Classes.from_json(data)
+    except (KeyError, TypeError, AssertionError):
+        raise UserError(f"{path} is no class table: it needs names and category_ids, lists of equal length") from None
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid json (line {error.lineno}): {_REMEDY}") from None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: the folder is not a whole model; take another checkpoint") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+def _json(data: Any) -> str:
+    return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
