@@ -479,3 +479,12 @@ def _known(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
             keys += _known(info.annotation, f"{prefix}{name}.")
     return keys
+
+
+def headline(path: Path) -> str:
+    """The first comment line of a recipe that says something."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        text = line.lstrip("# ").strip()
+        if line.startswith("#") and text and not text.startswith("yaml-language-server"):
+            return text
+    return ""

@@ -1,0 +1,179 @@
+"""``detr-accel VERB``: thin doors to functions that also work from Python. Exit code 0 yes, 1 no, 2 wrong use."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from detr_accel import recipe as recipes
+from detr_accel.structures import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The console script."""
+    args, overrides = _parser().parse_known_args(argv)
+    return _guard(lambda: args.run(args, _only_overrides(overrides, allowed=args.overrides)))
+
+
+def train_main(argv: list[str] | None = None) -> int:
+    """What ``accelerate launch train.py`` runs: ``detr-accel train``."""
+    return main(["train", *(sys.argv[1:] if argv is None else argv)])
+
+
+def _guard(action) -> int:
+    try:
+        return action() or 0
+    except UserError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            for line in str(error).splitlines():
+                print(f"detr-accel: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("detr-accel: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _only_overrides(rest: list[str], allowed: bool) -> list[str]:
+    for text in rest:
+        if not allowed or "=" not in text or text.startswith("-"):
+            raise UserError(f"{text!r} is not understood" + ("; recipe keys are set as key=value" if allowed else ""))
+    return rest
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="detr-accel", description="Train DETR-family object detectors.", allow_abbrev=False)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, run, help: str, overrides: bool = False) -> argparse.ArgumentParser:
+        p = verbs.add_parser(name, help=help, description=help, allow_abbrev=False)
+        p.set_defaults(run=run, overrides=overrides)
+        return p
+
+    p = verb("train", _train, "train a recipe (what train.py does); recipe keys can be set as key=value", overrides=True)
+    p.add_argument("--recipe", default=str(recipes.folder() / "shapes.yaml"), help="YAML file (default: shapes.yaml)")
+    p.add_argument("--runs", type=Path, default=Path("runs"), help="folder that holds all runs (default: runs)")
+    p.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint of this run")
+
+    p = verb("eval", _eval, "COCO metrics of a run or checkpoint")
+    p.add_argument("model", help="run, checkpoint, model folder, .pth or .safetensors")
+    where = p.add_mutually_exclusive_group()
+    where.add_argument("--split", default=None, choices=["train", "val"], help="split of the run's own data (default: val)")
+    where.add_argument("--data", type=Path, help="another COCO folder; classes are matched by name")
+    _model_options(p)
+
+    p = verb("predict", _predict, "boxes, names and scores in images: pictures and COCO json")
+    p.add_argument("model", help="run, checkpoint, model folder, .pth or .safetensors")
+    p.add_argument("images", nargs="+", help="image files or folders")
+    p.add_argument("--out", type=Path, required=True, help="folder for the pictures and detections.json")
+    p.add_argument("--threshold", type=float, default=None, help="least score (default: the checkpoint's best F1)")
+    _model_options(p)
+
+    p = verb("recipes", _recipes, "list the shipped recipes, or write the JSON schema for editors")
+    p.add_argument("--schema", type=Path, metavar="FILE", help="write the JSON schema of a recipe")
+    p.add_argument("--copy", metavar="NAME", help="copy a shipped recipe into this folder, to edit")
+    p.add_argument("--json", action="store_true")
+
+    p = verb("convert", _convert, "between official .pth, transformers folders and this project's own, in every direction")
+    p.add_argument("source")
+    p.add_argument("out", type=Path)
+    p.add_argument("--to", choices=["ours", "official", "transformers"], default="ours")
+    p.add_argument("--dc5", action="store_true", default=None, help="the weights belong to a DC5 model (no file can tell)")
+    p.add_argument("--cut-head", action="store_true", help="drop the labels that no category uses (91 -> 80)")
+
+    p = verb("fetch", _fetch, "download a hub model once, to carry to a machine without network")
+    p.add_argument("hub_id", help="for example facebook/detr-resnet-101")
+    p.add_argument("--out", type=Path, help="folder to copy it to (default: the hub cache)")
+
+    p = verb("doctor", _doctor, "what is installed, what was tested, what to do")
+    p.add_argument("--env", action="store_true", help="check the dependencies")
+    p.add_argument("--offline", action="store_true", help="do not ask for newer releases")
+    p.add_argument("--json", action="store_true")
+    return parser
+
+
+def _model_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--decoder-layers", type=int, metavar="N", help="use only the first N decoder layers: faster, a little less AP")
+    p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    p.add_argument("--json", action="store_true")
+
+
+def _train(args, overrides) -> int:
+    from detr_accel.train.loop import train
+
+    train(recipes.load(args.recipe, overrides), runs=args.runs, resume=args.resume)
+    return 0
+
+
+def _eval(args, _) -> int:
+    from detr_accel.infer import evaluation
+
+    metrics, said = evaluation.evaluate(
+        args.model, split=args.split, data_folder=args.data, decoder_layers=args.decoder_layers, device=args.device,
+        quiet=args.json,
+    )  # fmt: skip
+    print(json.dumps(metrics.to_json() | {"notes": said}, indent=1) if args.json else "\n".join([*said, metrics.table()]))
+    return 0
+
+
+def _predict(args, _) -> int:
+    from detr_accel.infer import predict
+
+    summary = predict.predict(
+        args.model, args.images, out=args.out, threshold=args.threshold, decoder_layers=args.decoder_layers,
+        device=args.device, quiet=args.json,
+    )  # fmt: skip
+    print(json.dumps(summary, indent=1) if args.json else "\n".join(summary["notes"]))
+    return 0
+
+
+def _recipes(args, _) -> int:
+    if args.schema:
+        args.schema.write_text(recipes.schema(), encoding="utf-8")
+        print(f"wrote {args.schema}")
+        return 0
+    if args.copy:
+        source = recipes.folder() / (args.copy.removesuffix(".yaml") + ".yaml")
+        target = Path(source.name)
+        if not source.exists():
+            raise UserError(f"no shipped recipe {args.copy!r}; detr-accel recipes lists them")
+        if target.exists():
+            raise UserError(f"{target} is already here; move it away first")
+        target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+        print(f"wrote {target}")
+        return 0
+    rows = [{"name": p.stem, "path": str(p), "about": recipes.headline(p)} for p in sorted(recipes.folder().glob("*.yaml"))]
+    print(json.dumps(rows, indent=1) if args.json else "\n".join(f"{r['path']}\n    {r['about']}" for r in rows))
+    return 0
+
+
+def _convert(args, _) -> int:
+    from detr_accel.models import convert
+
+    loaded = convert.read(args.source, dc5=args.dc5)
+    print("\n".join(convert.write(loaded, args.out, to=args.to, cut_head=args.cut_head)))
+    return 0
+
+
+def _fetch(args, _) -> int:
+    from detr_accel.models import convert
+
+    print(convert.fetch(args.hub_id, args.out))
+    return 0
+
+
+def _doctor(args, _) -> int:
+    from detr_accel.monitor import environment
+
+    report = environment.report(check_network=not args.offline)
+    print(json.dumps(report.to_json(), indent=1) if args.json else report.table())
+    return 0 if report.ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""Checkpoints: one folder each, whole or not there at all, with nothing in it that could run code when read.
+
+    checkpoints/window-00000123/
+        model.safetensors      the weights to use: the average if there is one
+        raw.safetensors        the trained weights, if an average is kept
+        optimizer.safetensors  AdamW's moments, by parameter name
+        state.json             counters, schedule position, best value, sizes of the logs, W&B id
+        recipe.yaml classes.json meta.json   what ``detr-accel predict`` needs beside the weights
+        manifest.json          sha256 and size of every file above; written last
+    checkpoints/last, checkpoints/best       links to the newest and to the best one
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from detr_accel.structures import UserError
+from detr_accel.train.ema import Ema
+
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class State:
+    """What a run needs beside its weights to go on as if it had never stopped."""
+
+    window: int = 0
+    step: int = 0
+    best: float | None = None
+    best_window: int | None = None
+    threshold: float | None = None
+    metrics: dict[str, float] | None = None
+    wandb_run_id: str | None = None
+    log_bytes: dict[str, int] | None = None
+    scaler: dict[str, Any] | None = None
+    layout: dict[str, Any] | None = None
+    fingerprint: str | None = None
+
+
+def save(
+    folder: Path,
+    *,
+    state: State,
+    model: nn.Module,
+    ema: Ema | None,
+    optimizer: torch.optim.Optimizer,
+    files: dict[str, str],
+    is_best: bool,
+    keep: int = 2,
+) -> Path:
+    """Write a checkpoint under ``folder`` (checkpoints/) and point ``last`` (and ``best``) at it.
+
+    Args:
+        model: the bare model; keys carry no wrapper's prefix.
+        files: further text files by name (recipe.yaml, classes.json, meta.json).
+        keep: how many of the newest stay, the best one aside.
+    Raises:
+        UserError: the disk is full or the folder cannot be written; the older checkpoints stay as they are.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"window-{state.window:08d}"
+    temporary = folder / f".{name}.{os.getpid()}.tmp"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        _write_weights(temporary, model, ema, optimizer)
+        for file_name, text in {**files, "state.json": json.dumps(vars(state), indent=1)}.items():
+            (temporary / file_name).write_text(text, encoding="utf-8")
+        manifest = {p.name: {"sha256": _sha256(p), "bytes": p.stat().st_size} for p in sorted(temporary.iterdir())}
+        for p in temporary.iterdir():
+            _fsync(p)
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        _fsync(temporary / MANIFEST)
+        _fsync(temporary)
+        final = folder / name
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        _fsync(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"checkpoint {folder / name} could not be written: {error.strerror}; free space or move the run with --runs, "
+            "then go on with --resume from the checkpoint before it"
+        ) from error
+    _link(folder / "last", name)
+    if is_best:
+        _link(folder / "best", name)
+    _prune(folder, keep)
+    return final
+
+
+def load_last(folder: Path) -> tuple[Path, list[str]]:
+    """The newest whole checkpoint.
+
+    Returns:
+        its folder, and one sentence for every newer one that is damaged and was passed over.
+    Raises:
+        UserError: there is none.
+    """
+    notes = []
+    for path in sorted(folder.glob("window-*"), reverse=True):
+        fault = damage(path)
+        if fault is None:
+            return path, notes
+        notes.append(f"checkpoint {path.name} is passed over: {fault}")
+    raise UserError(". ".join([f"no whole checkpoint in {folder} to resume from; start without --resume", *notes]))
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder, in words; None when every file is as its manifest says."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return f"{MANIFEST} is missing or unreadable (it was never finished)"
+    for name, row in manifest.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != row["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {row['bytes']}"
+        if _sha256(file) != row["sha256"]:
+            return f"{name} was changed after it was written (sha256 differs)"
+    return None
+
+
+def load(path: Path, *, model: nn.Module, ema: Ema | None, optimizer: torch.optim.Optimizer) -> State:
+    """Put a checkpoint back into the live objects, on whatever device they are.
+
+    Raises:
+        UserError: the checkpoint belongs to another model or optimizer; the keys that differ are named.
+    """
+    state = State(**json.loads((path / "state.json").read_text(encoding="utf-8")))
+    average = load_file(path / "model.safetensors")
+    raw = load_file(path / "raw.safetensors") if (path / "raw.safetensors").exists() else average
+    _load_weights(model, raw, path)
+    if ema is not None:
+        _load_weights(ema.module, average, path)
+        ema.updates = state.step
+    _load_optimizer(optimizer, model, load_file(path / "optimizer.safetensors"), path)
+    return state
+
+
+def _write_weights(folder: Path, model: nn.Module, ema: Ema | None, optimizer: torch.optim.Optimizer) -> None:
+    raw = _plain(model.state_dict())
+    save_file(raw if ema is None else _plain(ema.module.state_dict()), folder / "model.safetensors")
+    if ema is not None:
+        save_file(raw, folder / "raw.safetensors")
+    names = {p: n for n, p in model.named_parameters()}
+    moments = {
+        f"{names[p]}/{key}": value for p, rows in optimizer.state.items() for key, value in rows.items() if torch.is_tensor(value)
+    }
+    save_file(_plain(moments), folder / "optimizer.safetensors")
+
+
+def _plain(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    # clones: safetensors refuses tensors that share memory, and stores channels-last ones only when contiguous
+    return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+
+
+def _load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())[:300]
+        raise UserError(f"checkpoint {path} holds another model than the recipe builds: {detail}") from None
+
+
+def _load_optimizer(
+    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, torch.Tensor], path: Path
+) -> None:
+    parameters = dict(model.named_parameters())
+    optimizer.state.clear()
+    for key, value in tensors.items():
+        name, _, field = key.rpartition("/")
+        if name not in parameters:
+            raise UserError(f"checkpoint {path} has optimizer state of {name}, which the model does not have")
+        p = parameters[name]
+        # AdamW keeps its step counter on the host unless it is fused
+        value = value if field == "step" and not optimizer.defaults.get("fused") else value.to(p.device)
+        optimizer.state[p][field] = value.clone(memory_format=torch.preserve_format)
+        if value.shape == p.shape and value.dim() == 4:
+            optimizer.state[p][field] = torch.empty_like(p).copy_(value)
+
+
+def _prune(folder: Path, keep: int) -> None:
+    whole = sorted(folder.glob("window-*"), reverse=True)
+    spared = {p.name for p in whole[:keep]} | {os.readlink(link) for link in (folder / "last", folder / "best") if link.is_symlink()}
+    for path in whole:
+        if path.name not in spared:
+            shutil.rmtree(path, ignore_errors=True)
+    for leftover in folder.glob(".window-*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _link(link: Path, target: str) -> None:
+    temporary = link.with_name(f".{link.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target, target_is_directory=True)
+    os.replace(temporary, link)
+    _fsync(link.parent)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

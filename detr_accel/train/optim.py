@@ -1,0 +1,76 @@
+"""AdamW with DETR's parameter groups, and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch.nn import Parameter
+
+
+def build_optimizer(
+    groups: dict[str, list[tuple[str, Parameter]]],
+    *,
+    lr: float,
+    lr_backbone: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> torch.optim.AdamW:
+    """AdamW over named groups; decay on everything, as DETR does.
+
+    Args:
+        groups: group name -> named trainable parameters; the group ``backbone`` learns at lr_backbone.
+    Returns:
+        the optimizer; each of its groups carries ``name`` and ``base_lr``.
+    """
+    rows = []
+    for name, parameters in groups.items():
+        if not parameters:
+            continue
+        base_lr = lr_backbone if name == "backbone" else lr
+        rows.append({"params": [p for _, p in parameters], "lr": base_lr, "base_lr": base_lr, "name": name})
+    return torch.optim.AdamW(rows, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+
+def lr_schedule(
+    kind: str,
+    total_steps: int,
+    *,
+    warmup_steps: int = 0,
+    drop_at: Iterable[float] = (),
+    gamma: float = 0.1,
+    min_factor: float = 0.0,
+) -> Callable[[int], float]:
+    """Factor on every group's learning rate.
+
+    Args:
+        kind: ``step``, ``cosine`` or ``constant``.
+        total_steps: length of the training in optimizer steps.
+        warmup_steps: the factor rises linearly; the first step already learns, at 1 / warmup_steps.
+        drop_at: fractions of total_steps at which ``step`` multiplies by gamma.
+    Returns:
+        a function from the number of steps already taken to the factor of the next one; without state, so that a
+        resumed or a rolled-back run only needs its step.
+    """
+    drops = sorted(round(fraction * total_steps) for fraction in drop_at)
+
+    def factor(step: int) -> float:
+        warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+        if kind == "step":
+            return warm * gamma ** sum(step >= drop for drop in drops)
+        if kind == "cosine":
+            progress = min(1.0, max(0, step - warmup_steps) / max(1, total_steps - warmup_steps))
+            return warm * (min_factor + (1 - min_factor) * 0.5 * (1 + math.cos(math.pi * progress)))
+        assert kind == "constant", kind
+        return warm
+
+    return factor
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:
+    """Set every group's rate to base_lr * factor; returns the rates by group name."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    return {group["name"]: group["lr"] for group in optimizer.param_groups}

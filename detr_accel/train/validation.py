@@ -1,0 +1,82 @@
+"""Evaluation inside a training run: metrics on the validation split, the best value, and the panel of pictures."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from detr_accel import data, evaluate, models
+from detr_accel.recipe import Recipe
+from detr_accel.structures import Batch, Detections
+from detr_accel.train.checkpoint import State
+
+
+class Validation:
+    """Call it to evaluate; it keeps nothing but what does not change over the run.
+
+    Args:
+        model: the weights that are evaluated: the average, or the bare model.
+    """
+
+    def __init__(self, recipe: Recipe, splits, accelerator: Accelerator, model: nn.Module, sinks) -> None:
+        self.recipe, self.accelerator, self.model, self.sinks = recipe, accelerator, model, sinks
+        self.source = splits.val
+        self.to_category, _ = evaluate.match_classes(splits.train.classes, splits.val.classes)
+        self.truth = splits.val.ground_truth()
+        count = min(recipe.evaluate.panel_images, len(self.source)) if recipe.log.wandb.enabled else 0
+        self.panel = [i * len(self.source) // count for i in range(count)]
+
+    def __call__(self, state: State, length) -> bool:
+        """Evaluate, log, and note the best; returns whether this is it. The same on every process."""
+        recipe, accelerator = self.recipe, self.accelerator
+        wanted = {self.source.image_id(i) for i in self.panel}
+        shown: dict[int, Detections] = {}
+
+        def predict(batch: Batch) -> list[Detections]:
+            batch = batch.to(accelerator.device, non_blocking=True)
+            with accelerator.autocast():
+                outputs = self.model(batch.images, batch.mask)
+            sizes = torch.tensor([t.orig_size_px for t in batch.targets])
+            ids = [t.image_id for t in batch.targets]
+            found = models.detections(outputs, ids, sizes, recipe.evaluate.max_detections)
+            shown.update({d.image_id: d for d in found if d.image_id in wanted})
+            return found
+
+        was_training = self.model.training
+        self.model.eval()
+        with torch.inference_mode():
+            metrics = evaluate.run(
+                predict,
+                data.eval_batches(
+                    recipe, self.source, rank=accelerator.process_index, num_ranks=accelerator.num_processes,
+                    mean=self.model.mean, std=self.model.std,
+                ),
+                ground_truth=self.truth, to_category=self.to_category, gather=gather_object,
+                max_detections=recipe.evaluate.max_detections, backend=recipe.evaluate.backend,
+            )  # fmt: skip
+        self.model.train(was_training)
+
+        value = metrics.values[recipe.evaluate.metric]
+        is_best = state.best is None or value > state.best
+        state.metrics, state.threshold = metrics.values, metrics.threshold
+        if is_best:
+            state.best, state.best_window = value, state.window
+        self.sinks.evaluation(
+            metrics, window=state.window, step=state.step, epoch=state.window / length.per_epoch,
+            weights="ema" if recipe.ema.enabled else "raw", panel=self._pictures(shown), classes=self.source.classes,
+        )  # fmt: skip
+        return is_best
+
+    def _pictures(self, shown: dict[int, Detections]) -> list[tuple]:
+        everywhere = {}
+        for part in gather_object([shown]):
+            everywhere.update(part)
+        if not self.accelerator.is_main_process:
+            return []
+        rows = []
+        for i in self.panel:
+            sample = self.source.sample(i)
+            rows.append((sample.image, sample.boxes_xyxy_px, sample.labels, everywhere[sample.image_id], sample.image_id))
+        return rows
