@@ -1,0 +1,114 @@
+"""Detectors, matching and losses. Only this file sees a recipe; everything below takes plain arguments."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from detr_accel.models.backbone import Backbone
+from detr_accel.models.detr import DETR
+from detr_accel.models.losses import SetCriterion
+from detr_accel.models.matcher import Matcher
+from detr_accel.models.transformer import Transformer
+from detr_accel.recipe import Recipe
+from detr_accel.structures import UserError
+
+
+def build(
+    recipe: Recipe, num_classes: int, *, device: torch.device | str = "cpu", load_weights: bool = True
+) -> nn.Module:
+    """The detector of a recipe.
+
+    Args:
+        num_classes: C; the head gets one more for "no object".
+        load_weights: False never touches disk or network; the caller loads a state dict afterwards.
+    Raises:
+        UserError: backbone unknown, or its weights not to be had.
+    """
+    with torch.device("meta") if torch.device(device).type == "meta" else _nothing():
+        model = _MODELS[recipe.model.name](recipe, num_classes, load_weights)
+    if recipe.optim.lr_backbone == 0:
+        model.backbone.requires_grad_(False)
+    is_meta = any(p.is_meta for p in model.parameters())
+    return model if is_meta else model.to(device)
+
+
+def build_criterion(recipe: Recipe, num_classes: int) -> nn.Module:
+    """Matching and losses of a recipe; on the CPU, to be moved to the model's device."""
+    loss = recipe.loss
+    matcher = Matcher(loss.cost_class, loss.cost_bbox, loss.cost_giou)
+    weights = {"ce": loss.ce, "bbox": loss.bbox, "giou": loss.giou}
+    return SetCriterion(num_classes, recipe.model.num_queries, matcher, weights, loss.eos_coef, loss.aux)
+
+
+def param_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Trainable parameters with their names, as "backbone", "transformer" (queries and projection included), "heads"."""
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"backbone": [], "transformer": [], "heads": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            top = name.partition(".")[0]
+            groups[_GROUPS.get(top, "transformer")].append((name, parameter))
+    return groups
+
+
+def init_from(model: nn.Module, classes, source: str, head_rule: str):
+    """Start from a trained detector; see ``convert.init_from``."""
+    from detr_accel.models import convert
+
+    return convert.init_from(model, classes, source, head_rule)
+
+
+_GROUPS = {"backbone": "backbone", "class_embed": "heads", "bbox_embed": "heads"}
+
+
+def _build_detr(recipe: Recipe, num_classes: int, load_weights: bool) -> DETR:
+    model, parts = recipe.model, recipe.model.activation_checkpointing
+    backbone = _build_backbone(recipe, load_weights)
+    transformer = Transformer(
+        model.hidden_dim,
+        model.num_heads,
+        model.num_encoder_layers,
+        model.num_decoder_layers,
+        model.dim_feedforward,
+        model.dropout,
+        checkpoint_encoder="encoder" in parts,
+        checkpoint_decoder="decoder" in parts,
+    )
+    return DETR(backbone, transformer, model.hidden_dim, num_classes, model.num_queries)
+
+
+def _build_backbone(recipe: Recipe, load_weights: bool) -> Backbone:
+    backbone = recipe.model.backbone
+    # init_from brings the backbone of a trained detector: as good as pretrained, and nothing else to load here
+    trained = backbone.weights != "none" or recipe.model.init_from is not None
+    norm = backbone.norm if backbone.norm != "auto" else "frozen" if trained else "live"
+    stages = backbone.frozen_stages if backbone.frozen_stages != "auto" else 2 if trained else 0
+    if not trained and norm == "frozen":
+        raise UserError(
+            "model.backbone.norm is frozen while model.backbone.weights is none: frozen statistics on random weights "
+            "destroy the signal; use norm: live (or auto)"
+        )
+    if not trained and stages > 0:
+        raise UserError(
+            f"model.backbone.frozen_stages is {stages} while model.backbone.weights is none: random filters would never "
+            "learn; use frozen_stages: 0 (or auto)"
+        )
+    return Backbone(
+        backbone.name,
+        backbone.weights,
+        norm,
+        stages,
+        backbone.dc5,
+        backbone.fold_norm,
+        "backbone" in recipe.model.activation_checkpointing,
+        load_weights and recipe.model.init_from is None,
+    )
+
+
+_MODELS = {"detr": _build_detr}
+
+
+def _nothing():
+    from contextlib import nullcontext
+
+    return nullcontext()

@@ -1,0 +1,20 @@
+"""Where mixed precision must not reach."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager:
+    """Autocast off on this device, also on one that knows no autocast (meta)."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """float32 at least; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,193 @@
+"""A timm model as backbone. Legend: B batch, H W canvas, C channels of the last feature map, h w its size."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections import OrderedDict
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from detr_accel.models import pretrained
+from detr_accel.models.frozen_norm import FrozenBatchNorm2d, fold_norms, freeze_norms
+from detr_accel.structures import UserError
+
+
+class Backbone(nn.Module):
+    """Last feature map of any timm model that has ``features_only``.
+
+    Args:
+        name: timm name, with or without tag.
+        weights: ``pretrained``, ``none``, or the path of a local file.
+        norm: ``frozen`` or ``live``; only BatchNorm is meant: LayerNorm and GroupNorm train in either case.
+        frozen_stages: how many parts, counted from the stem, do not train (1 stem, 2 stem and first stage). A BatchNorm
+            in them is frozen whole, statistics included.
+        dc5: output stride 16, the last stage dilated as DETR-DC5's.
+        fold: carry frozen norms inside their convolutions.
+        checkpointing: compute blocks again in backward instead of keeping them.
+        load_weights: False builds the structure alone and reads nothing.
+    Raises:
+        UserError: unknown name; no stride 16; weights not to be had.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        weights: str = "none",
+        norm: str = "live",
+        frozen_stages: int = 0,
+        dc5: bool = False,
+        fold: bool = True,
+        checkpointing: bool = False,
+        load_weights: bool = True,
+    ):
+        super().__init__()
+        self.body = _create(name, weights if load_weights else "none", dc5)
+        self.num_channels: int = self.body.feature_info.channels()[-1]
+        self.stride: int = self.body.feature_info.reduction()[-1]
+        if dc5 and self.stride != 16:
+            raise UserError(f"model.backbone.dc5: {name} has no stride 16 (it stays at {self.stride}); use dc5: false")
+        self.mean = tuple(self.body.pretrained_cfg["mean"])
+        self.std = tuple(self.body.pretrained_cfg["std"])
+        self.channels_axis = -1 if str(getattr(self.body, "output_fmt", "")).endswith("NHWC") else 1
+        _freeze_parts(self.body, frozen_stages)
+        if norm == "frozen":
+            freeze_norms(self.body)
+        if fold and any(isinstance(m, FrozenBatchNorm2d) for m in self.body.modules()):
+            fold_norms(self.body)
+        if checkpointing:
+            _checkpoint_blocks(self.body, name)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] -> [B, C, h, w]."""
+        # channels last: the convolutions' own layout on CPUs and tensor cores, and tokens [B, h*w, D] without a copy
+        features = self.body(images.contiguous(memory_format=torch.channels_last))[-1]
+        return features.movedim(self.channels_axis, 1)
+
+
+def _create(name: str, weights: str, dc5: bool) -> nn.Module:
+    _check_name(name)
+    options: dict = {"features_only": True, "out_indices": (-1,)}
+    if dc5:
+        options["output_stride"] = 16
+    options |= _any_image_size(name, options)
+    if weights == "none":
+        return _call_timm(name, dc5, pretrained=False, **options)
+    if weights == "pretrained":
+        with pretrained.explain_missing(name):
+            return _call_timm(name, dc5, pretrained=True, **options)
+    state = pretrained.read_for(name, weights)
+    # the state dict was checked against the model by name or by order, so that timm's lenient loading leaves no gap
+    body = _call_timm(name, dc5, pretrained=True, pretrained_cfg_overlay={"state_dict": state}, **options)
+    body.pretrained_cfg["state_dict"] = None
+    return body
+
+
+def _call_timm(name: str, dc5: bool, **options) -> nn.Module:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # timm's own deprecations
+            return timm.create_model(name, **options)
+    except (NotImplementedError, AssertionError, TypeError) as error:
+        remedy = "use dc5: false, or a ResNet" if dc5 else "choose one with features"
+        raise UserError(f"model.backbone.name: timm cannot build {name} as a feature extractor ({error}); {remedy}") from None
+
+
+def _any_image_size(name: str, options: dict) -> dict:
+    """timm's vision transformers insist on one image size unless told otherwise."""
+    with torch.device("meta"):
+        body = _call_timm(name, bool(options.get("output_stride")), pretrained=False, **options)
+        if not any(getattr(m, "strict_img_size", False) for m in body.modules()):
+            return {}
+        for extra in ({"dynamic_img_size": True}, {"strict_img_size": False}):
+            try:
+                timm.create_model(name, pretrained=False, **options, **extra)
+                return extra
+            except TypeError:
+                continue
+    return {}
+
+
+def _check_name(name: str) -> None:
+    base, _, tag = name.partition(".")
+    if not timm.is_model(base):
+        near = difflib.get_close_matches(base, timm.list_models(), n=3)
+        hint = f"; did you mean {', '.join(near)}?" if near else "; python -c 'import timm; print(timm.list_models())' lists them"
+        raise UserError(f"model.backbone.name: timm knows no model {name!r}{hint}")
+    tags = [n.partition(".")[2] for n in timm.list_pretrained(base + "*") if n.partition(".")[0] == base]
+    if tag and tag not in tags:
+        raise UserError(f"model.backbone.name: {base} has no weights {tag!r}; there are: {', '.join(tags) or 'none'}")
+
+
+def _freeze_parts(body: nn.Module, num_parts: int) -> None:
+    """Parts: the stem (up to stride 2), then one for each further stride that timm lists (4, 8, 16, 32)."""
+    if num_parts == 0:
+        return
+    modules = [(name.removeprefix("model.").replace(".", "_"), m) for name, m in body.named_modules() if name]
+    ends = _part_ends([n for n, _ in modules], body.feature_info.info)
+    frozen = modules if num_parts > len(ends) else modules[: ends[num_parts - 1]]
+    for _, module in frozen:
+        if any(True for _ in module.children()) and module is not frozen[-1][1]:
+            direct = module.parameters(recurse=False)  # children follow in the list, or belong to a later part
+        else:
+            direct = module.parameters()
+        for parameter in direct:
+            parameter.requires_grad_(False)
+    _freeze_norms_without_grad(body)
+
+
+def _part_ends(names: list[str], stages: list[dict]) -> list[int]:
+    """For each part, the index in ``names`` after its last module."""
+
+    def end(stage: dict) -> int:
+        key = stage["module"].replace(".", "_")
+        return max((i + 1 for i, n in enumerate(names) if n == key or n.startswith(key + "_")), default=0)
+
+    def begin(stage: dict) -> int:
+        key = stage["module"].replace(".", "_")
+        return next((i for i, n in enumerate(names) if n == key or n.startswith(key + "_")), 0)
+
+    early = [s for s in stages if s["reduction"] <= 2]
+    stem = end(early[-1]) if early else begin(stages[0])
+    return [stem, *(end(s) for s in stages if s["reduction"] > 2)]
+
+
+def _freeze_norms_without_grad(body: nn.Module) -> None:
+    for parent in list(body.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.affine and not child.weight.requires_grad:
+                setattr(parent, name, FrozenBatchNorm2d(child))
+
+
+class _CheckpointedBlocks(nn.Sequential):
+    """Blocks of which only every ``segment``-th input is kept for backward."""
+
+    segment = 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        blocks = list(self)
+        if not torch.is_grad_enabled() or not (x.requires_grad or any(p.requires_grad for p in self.parameters())):
+            return super().forward(x)
+        for start in range(0, len(blocks), self.segment):
+            x = checkpoint(nn.Sequential(*blocks[start : start + self.segment]), x, use_reentrant=False)
+        return x
+
+
+def _checkpoint_blocks(body: nn.Module, name: str) -> None:
+    count = 0
+    for parent in list(body.modules()):
+        for key, child in list(parent.named_children()):
+            if type(child) is nn.Sequential and len(child) > 0 and all(_is_block(b) for b in child):
+                setattr(parent, key, _CheckpointedBlocks(OrderedDict(child.named_children())))
+                count += 1
+    if count == 0:
+        raise UserError(
+            f"model.activation_checkpointing: no repeated blocks found in {name}; leave backbone out of the list"
+        )
+
+
+def _is_block(module: nn.Module) -> bool:
+    return not isinstance(module, nn.Sequential) and sum("weight" in m._parameters for m in module.modules()) >= 2
