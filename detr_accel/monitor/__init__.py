@@ -1,0 +1,105 @@
+"""Monitoring: what a run says about itself, and where it says it."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from detr_accel.monitor import memory, timing
+from detr_accel.monitor.console import Console
+from detr_accel.monitor.sinks import Silent, Sinks
+from detr_accel.monitor.timing import Eta
+from detr_accel.monitor.wandb_sink import WandbSink, decide_mode, tracker_kwargs
+from detr_accel.recipe import Recipe
+
+__all__ = ["Eta", "Silent", "Sinks", "build", "memory", "timing", "versions"]
+
+PACKAGES = ("torch", "torchvision", "accelerate", "timm", "wandb", "numpy", "hotcoco", "pycocotools")
+
+
+def build(
+    recipe: Recipe,
+    run_folder: Path,
+    accelerator: Any,
+    *,
+    total_windows: int,
+    windows_per_epoch: int,
+    start_window: int = 0,
+    fingerprint: dict[str, str],
+    wandb_run_id: str | None = None,
+) -> Sinks | Silent:
+    """The run's sinks; on every process but the main one, a silent stand-in with the same methods.
+
+    Call it on every process: Accelerate's trackers are started everywhere and work on the main one.
+
+    Args:
+        run_folder: runs/NAME.
+        accelerator: made with ``log_with="wandb"`` where log.wandb.enabled is set.
+        fingerprint: name of a split -> its data's fingerprint.
+        wandb_run_id: the W&B run to go on with (online only).
+    Raises:
+        UserError: W&B must be online and has no key.
+    """
+    wandb = _wandb(recipe, Path(run_folder), accelerator, fingerprint, wandb_run_id)
+    if not accelerator.is_main_process:
+        return Silent()
+    evaluations = total_windows / max(1, round(recipe.evaluate.every_epochs * windows_per_epoch))
+    checkpoints = total_windows / max(1, round(recipe.checkpoint.every_epochs * windows_per_epoch))
+    eta = Eta(
+        total_windows,
+        windows_per_epoch,
+        start_window=start_window,
+        num_evaluations=max(1.0, evaluations),
+        num_checkpoints=max(1.0, checkpoints),
+    )
+    console = Console(total_windows, windows_per_epoch, start_window)
+    sinks = Sinks(
+        Path(run_folder), console, eta, wandb, name=recipe.name, start_window=start_window,
+        device=accelerator.device, metric=recipe.evaluate.metric,
+    )  # fmt: skip
+    if wandb is not None:
+        sinks.say(wandb.note)
+    return sinks
+
+
+def versions() -> dict[str, str]:
+    """What the run ran on: packages, Python, the GPU's name."""
+    import detr_accel
+
+    found = {"detr_accel": detr_accel.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})"
+    return found
+
+
+def _wandb(
+    recipe: Recipe, folder: Path, accelerator: Any, fingerprint: dict[str, str], run_id: str | None
+) -> WandbSink | None:
+    wanted = recipe.log.wandb
+    if not wanted.enabled:
+        return None
+    assert "wandb" in [str(x) for x in accelerator.log_with], 'make the Accelerator with log_with="wandb"'
+    mode = decide_mode(wanted.mode)
+    if mode == "disabled":
+        return None
+    config = {
+        "recipe": recipe.model_dump(mode="json"),
+        "versions": versions(),
+        "data": {"fingerprint": fingerprint},
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": str(accelerator.mixed_precision),
+    }
+    folder.mkdir(parents=True, exist_ok=True)  # W&B looks for a git commit from there
+    arguments = tracker_kwargs(
+        name=recipe.name, project=wanted.project, folder=folder, mode=mode, config=config,
+        entity=wanted.entity, group=wanted.group, tags=wanted.tags, run_id=run_id,
+    )  # fmt: skip
+    return WandbSink(accelerator, arguments)

@@ -1,0 +1,197 @@
+"""Where a run's numbers go: console, json files, W&B. The loop says what happened; each sink shows it its own way."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from detr_accel.monitor import memory, rows
+from detr_accel.monitor.console import Console
+from detr_accel.monitor.jsonl import JsonLines, read
+from detr_accel.monitor.timing import Eta, Meter
+from detr_accel.monitor.wandb_sink import PanelItem, WandbSink
+from detr_accel.structures import Classes, StepStats
+
+T = TypeVar("T")
+
+
+class Sinks:
+    """All sinks of a run, on its main process.
+
+    Args:
+        run_folder: holds ``metrics.jsonl`` (what follows from recipe, data and seed: the same rows whenever the run is
+            repeated), ``speed.jsonl`` (clock and memory) and ``alarms.jsonl``.
+        start_window: windows done before; later rows of the two first files are dropped, to be written again.
+        device: whose memory is reported.
+        metric: by which evaluations are compared.
+    """
+
+    def __init__(
+        self,
+        run_folder: Path,
+        console: Console,
+        eta: Eta,
+        wandb: WandbSink | None,
+        *,
+        name: str,
+        start_window: int = 0,
+        device: Any = "cpu",
+        metric: str = "AP",
+    ) -> None:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        self.console, self.eta, self.wandb, self.name, self.device = console, eta, wandb, name, device
+        self.metrics = JsonLines(run_folder / "metrics.jsonl", keep_until=start_window)
+        self.speed = JsonLines(run_folder / "speed.jsonl", keep_until=start_window)
+        self.alarms = JsonLines(run_folder / "alarms.jsonl")
+        self.meter = Meter()
+        self.metric = metric
+        self.best: tuple[float, int] | None = None
+        for row in read(self.metrics.path):
+            self._note_best(row.get(f"val/{metric}") or math.nan, row["window"])
+        self._said_eta = False
+
+    def say(self, text: str) -> None:
+        """A line for the person, above the bars."""
+        self.console.say(text)
+
+    def tick(self, stats: StepStats) -> None:
+        """Every window: moves the bars and the clocks, writes nothing."""
+        self.meter.add(stats.num_images, stats.seconds, stats.wait_seconds)
+        self.eta.add(stats.window, stats.seconds)
+        self.console.tick(stats)
+        if self.eta.ready and not self._said_eta:
+            self._said_eta = True
+            self.console.say(f"time: {self.eta.sentence()}")
+
+    def log(self, stats: StepStats) -> None:
+        """Every ``log.every`` windows: one row in each file, one in W&B, a line where there is no bar."""
+        speed = self.meter.take()
+        if self.eta.ready:
+            speed["seconds_left"] = self.eta.seconds_left()
+        held = {"peak_gib": memory.peak_gib(self.device)}
+        reserved = memory.reserved_gib(self.device)
+        if reserved is not None:
+            held["reserved_gib"] = reserved
+        place = {"window": stats.window, "step": stats.step, "epoch": stats.epoch}
+        row = rows.train_row(stats)
+        machine = {f"speed/{k}": v for k, v in speed.items()} | {f"memory/{k}": v for k, v in held.items()}
+        self.metrics.write(place | row)
+        self.speed.write(place | {"time": _now()} | machine)
+        self.console.log(stats, speed, speed.get("seconds_left"))
+        if self.wandb is not None:
+            self.wandb.log(rows.axes(**place) | row | machine)
+
+    def evaluation(
+        self,
+        metrics: Any,
+        *,
+        window: int,
+        step: int,
+        epoch: float,
+        weights: str,
+        panel: Sequence[PanelItem] = (),
+        classes: Classes | None = None,
+    ) -> None:
+        """After an evaluation: a table, a row, and in W&B the classes' table and the panel.
+
+        Args:
+            metrics: values, per_class, num_objects, threshold, f1, num_images, num_detections, to_json(), table().
+            weights: ``ema`` or ``raw``: which weights were evaluated.
+            panel: (image uint8 [H, W, 3], true boxes xyxy px [N, 4], true labels [N], Detections, image id).
+            classes: names of the panel's labels.
+        """
+        place = {"window": window, "step": step, "epoch": epoch}
+        row = rows.val_row(metrics)
+        details = {"val/weights": weights, "val/backend": metrics.backend, "val/per_class": metrics.per_class}
+        self.metrics.write(place | row | details)
+        best = self._note_best(metrics.values[self.metric], window)
+        self.console.evaluation(metrics, window=window, epoch=epoch, weights=weights, best=best)
+        if self.wandb is None:
+            return
+        names = {i: n for i, n in enumerate(classes.names) if n is not None} if classes is not None else {}
+        self.wandb.evaluation(rows.axes(**place) | row, metrics, panel, names)
+        self.wandb.summary({"val/weights": weights})
+
+    def _note_best(self, value: float, window: int) -> str:
+        """Remember the best value so far; returns the words about it."""
+        before = self.best
+        if value == value and (before is None or value > before[0]):  # nan is never the best
+            self.best = (value, window)
+            return "" if before is None else f", {self.metric} up from {100 * before[0]:.1f}"
+        return "" if before is None else f", best {self.metric} {100 * before[0]:.1f} at window {before[1]}"
+
+    def alarm(self, title: str, text: str, level: str = "WARN", window: int | None = None) -> None:
+        """Something the person should know: console, alarms.jsonl, W&B.
+
+        Args:
+            title: a few words; text: what happened, the likely cause, what to change.
+            level: INFO, WARN or ERROR.
+        """
+        assert level in ("INFO", "WARN", "ERROR"), level
+        self.alarms.write({"window": window, "time": _now(), "level": level, "title": title, "text": text})
+        self.console.say(f"{level}: {title}: {text}")
+        if self.wandb is not None:
+            self.wandb.alarm(title, text, level)
+
+    def artifact(self, folder: Path, aliases: Sequence[str] = ("best",), metadata: dict | None = None) -> None:
+        """Send a model folder to W&B."""
+        if self.wandb is not None:
+            self.wandb.artifact(Path(folder), self.name, aliases, metadata or {})
+
+    @contextlib.contextmanager
+    def timed(self, kind: str) -> Iterator[None]:
+        """Around an ``evaluation`` or a ``checkpoint``, so that the time left includes it."""
+        begun = time.perf_counter()
+        yield
+        self.eta.add_other(kind, time.perf_counter() - begun)
+
+    def progress(self, items: Iterable[T], description: str = "evaluate", total: int | None = None) -> Iterable[T]:
+        """Wrap a loop that can last."""
+        return self.console.progress(items, description, total)
+
+    @property
+    def wandb_run_id(self) -> str | None:
+        return None if self.wandb is None else self.wandb.run_id
+
+    def close(self, ok: bool = True) -> None:
+        """Once, at the end, also after a failure (``ok`` False marks the W&B run as failed)."""
+        self.console.close()
+        for file in (self.metrics, self.speed, self.alarms):
+            file.close()
+        if self.wandb is not None:
+            self.wandb.close(ok)
+
+
+class Silent:
+    """The same methods on every other process: they do nothing."""
+
+    wandb_run_id: str | None = None
+
+    def say(self, text: str) -> None: ...
+
+    def tick(self, stats: StepStats) -> None: ...
+
+    def log(self, stats: StepStats) -> None: ...
+
+    def evaluation(self, metrics: Any, **where: Any) -> None: ...
+
+    def alarm(self, title: str, text: str, level: str = "WARN", window: int | None = None) -> None: ...
+
+    def artifact(self, folder: Path, aliases: Sequence[str] = ("best",), metadata: dict | None = None) -> None: ...
+
+    def timed(self, kind: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def progress(self, items: Iterable[T], description: str = "evaluate", total: int | None = None) -> Iterable[T]:
+        return items
+
+    def close(self, ok: bool = True) -> None: ...
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
