@@ -113,7 +113,7 @@ def _train(args, overrides) -> int:
 def _eval(args, _) -> int:
     from detr_accel.infer import evaluation
 
-    metrics, said = evaluation.evaluate(
+    metrics, said = evaluation.evaluate_checkpoint(
         args.model, split=args.split, data_folder=args.data, decoder_layers=args.decoder_layers, device=args.device,
         quiet=args.json,
     )  # fmt: skip

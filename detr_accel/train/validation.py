@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
 from detr_accel import data, evaluate, models
@@ -31,30 +31,27 @@ class Validation:
     def __call__(self, state: State, length) -> bool:
         """Evaluate, log, and note the best; returns whether this is it. The same on every process."""
         recipe, accelerator = self.recipe, self.accelerator
-        wanted = {self.source.image_id(i) for i in self.panel}
-        shown: dict[int, Detections] = {}
-
         def predict(batch: Batch) -> list[Detections]:
             batch = batch.to(accelerator.device, non_blocking=True)
             with accelerator.autocast():
                 outputs = self.model(batch.images, batch.mask)
             sizes = torch.tensor([t.orig_size_px for t in batch.targets])
-            ids = [t.image_id for t in batch.targets]
-            found = models.detections(outputs, ids, sizes, recipe.evaluate.max_detections)
-            shown.update({d.image_id: d for d in found if d.image_id in wanted})
-            return found
+            return models.detections(
+                outputs, [t.image_id for t in batch.targets], sizes, recipe.evaluate.max_detections
+            )
 
+        batches = data.eval_batches(
+            recipe, self.source, rank=accelerator.process_index, num_ranks=accelerator.num_processes,
+            mean=self.model.mean, std=self.model.std,
+        )  # fmt: skip
         was_training = self.model.training
         self.model.eval()
         with torch.inference_mode():
             metrics = evaluate.run(
-                predict,
-                data.eval_batches(
-                    recipe, self.source, rank=accelerator.process_index, num_ranks=accelerator.num_processes,
-                    mean=self.model.mean, std=self.model.std,
-                ),
-                ground_truth=self.truth, to_category=self.to_category, gather=gather_object,
+                predict, batches, ground_truth=self.truth, to_category=self.to_category, gather=gather_object,
+                broadcast=broadcast_object_list, is_main=accelerator.is_main_process,
                 max_detections=recipe.evaluate.max_detections, backend=recipe.evaluate.backend,
+                keep_images=[self.source.image_id(i) for i in self.panel],
             )  # fmt: skip
         self.model.train(was_training)
 
@@ -65,18 +62,15 @@ class Validation:
             state.best, state.best_window = value, state.window
         self.sinks.evaluation(
             metrics, window=state.window, step=state.step, epoch=state.window / length.per_epoch,
-            weights="ema" if recipe.ema.enabled else "raw", panel=self._pictures(shown), classes=self.source.classes,
+            weights="ema" if recipe.ema.enabled else "raw", panel=self._pictures(metrics.kept), classes=self.source.classes,
         )  # fmt: skip
         return is_best
 
-    def _pictures(self, shown: dict[int, Detections]) -> list[tuple]:
-        everywhere = {}
-        for part in gather_object([shown]):
-            everywhere.update(part)
-        if not self.accelerator.is_main_process:
+    def _pictures(self, kept: dict[int, Detections]) -> list[tuple]:
+        if not kept:  # only the main process scores
             return []
         rows = []
         for i in self.panel:
             sample = self.source.sample(i)
-            rows.append((sample.image, sample.boxes_xyxy_px, sample.labels, everywhere[sample.image_id], sample.image_id))
+            rows.append((sample.image, sample.boxes_xyxy_px, sample.labels, kept[sample.image_id], sample.image_id))
         return rows

@@ -1,0 +1,116 @@
+import json
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from detr_accel.structures import UserError
+from detr_accel.train import checkpoint
+from detr_accel.train.ema import Ema
+
+
+def make():
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    ema = Ema(model, 0.9, 10)
+    for _ in range(3):
+        model(torch.rand(2, 3, 8, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(model)
+    return model, optimizer, ema
+
+
+def save(folder, window, model, optimizer, ema, **more):
+    state = checkpoint.State(window=window, step=3, best=0.5, layout={"batch_size": 4})
+    kwargs = {"files": {"recipe.yaml": "name: x\n"}, "is_best": False, **more}
+    return checkpoint.save(folder, state=state, model=model, ema=ema, optimizer=optimizer, **kwargs)
+
+
+@pytest.mark.law2
+def test_what_is_loaded_is_bit_for_bit_what_was_saved(tmp_path):
+    model, optimizer, ema = make()
+    path = save(tmp_path, 7, model, optimizer, ema)
+    other, other_optimizer, other_ema = make()
+    with torch.no_grad():
+        for p in [*other.parameters(), *other_ema.module.parameters()]:
+            p.zero_()
+    state = checkpoint.load(path, model=other, ema=other_ema, optimizer=other_optimizer)
+    assert (state.window, state.step, state.best, other_ema.updates) == (7, 3, 0.5, 3)
+    for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(ema.module.state_dict().values(), other_ema.module.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    x = torch.rand(2, 3, 8, 8)
+    for net, opt in ((model, optimizer), (other, other_optimizer)):
+        net(x).square().mean().backward()
+        opt.step()
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b), "the next step differs: some of the optimizer's state was lost"
+
+
+def test_nothing_is_pickled(tmp_path):
+    path = save(tmp_path, 1, *make())
+    assert {p.suffix for p in path.iterdir()} <= {".safetensors", ".json", ".yaml"}
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove", "unfinished"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, harm):
+    parts = make()
+    save(tmp_path, 1, *parts)
+    newest = save(tmp_path, 2, *parts)
+    file = newest / ("manifest.json" if harm == "unfinished" else "model.safetensors")
+    raw = bytearray(file.read_bytes())
+    if harm == "flip":
+        raw[-1] ^= 1
+        file.write_bytes(raw)
+    elif harm == "cut":
+        file.write_bytes(raw[:-5])
+    else:
+        file.unlink()
+    path, notes = checkpoint.load_last(tmp_path)
+    assert path.name == "window-00000001"
+    assert len(notes) == 1 and "window-00000002" in notes[0] and file.name in notes[0]
+
+
+def test_no_checkpoint_is_a_sentence(tmp_path):
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        checkpoint.load_last(tmp_path)
+
+
+def test_links_follow_the_newest_and_the_best_and_old_ones_go(tmp_path):
+    parts = make()
+    for window in range(1, 6):
+        save(tmp_path, window, *parts, is_best=window == 2)
+    assert sorted(p.name for p in tmp_path.glob("window-*")) == ["window-00000002", "window-00000004", "window-00000005"]
+    assert os.readlink(tmp_path / "last") == "window-00000005"
+    assert os.readlink(tmp_path / "best") == "window-00000002"
+
+
+def test_a_save_that_fails_leaves_the_older_ones_and_no_rubbish(tmp_path, monkeypatch):
+    parts = make()
+    save(tmp_path, 1, *parts)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        save(tmp_path, 2, *parts)
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir() and not p.is_symlink()] == ["window-00000001"]
+    assert checkpoint.damage(tmp_path / "window-00000001") is None
+
+
+def test_another_model_is_refused_in_words(tmp_path):
+    path = save(tmp_path, 1, *make())
+    other = nn.Sequential(nn.Conv2d(3, 5, 3))
+    with pytest.raises(UserError, match="another model"):
+        checkpoint.load(path, model=other, ema=None, optimizer=torch.optim.AdamW(other.parameters()))
+
+
+def test_manifest_covers_every_file(tmp_path):
+    path = save(tmp_path, 1, *make())
+    listed = set(json.loads((path / "manifest.json").read_text()))
+    assert listed == {p.name for p in path.iterdir()} - {"manifest.json"}

@@ -1,0 +1,40 @@
+import torch
+from torch import nn
+
+from detr_accel.train.optim import build_optimizer, lr_schedule, set_lr
+
+
+def groups():
+    torch.manual_seed(0)
+    body, head = nn.Linear(3, 3), nn.Linear(3, 2)
+    return {"backbone": list(body.named_parameters()), "heads": list(head.named_parameters()), "empty": []}
+
+
+def test_backbone_learns_at_its_own_rate_and_empty_groups_vanish():
+    opt = build_optimizer(groups(), lr=1e-4, lr_backbone=1e-5, weight_decay=1e-4, betas=(0.9, 0.999), eps=1e-8)
+    assert [(g["name"], g["lr"]) for g in opt.param_groups] == [("backbone", 1e-5), ("heads", 1e-4)]
+    assert set_lr(opt, 0.5) == {"backbone": 5e-6, "heads": 5e-5}
+    assert set_lr(opt, 1.0) == {"backbone": 1e-5, "heads": 1e-4}, "the factor must not compound"
+
+
+def test_step_schedule_drops_once_as_the_original_does():
+    factor = lr_schedule("step", 300, drop_at=[0.6667], gamma=0.1)
+    assert [factor(s) for s in (0, 199, 200, 299)] == [1.0, 1.0, 0.1, 0.1]
+
+
+def test_two_drops_multiply():
+    factor = lr_schedule("step", 100, drop_at=[0.9, 0.5], gamma=0.1)
+    assert abs(factor(95) - 0.01) < 1e-15
+
+
+def test_warmup_is_linear_and_learns_from_the_first_step():
+    factor = lr_schedule("constant", 100, warmup_steps=4)
+    assert [factor(s) for s in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_cosine_falls_from_one_to_its_floor():
+    factor = lr_schedule("cosine", 110, warmup_steps=10, min_factor=0.2)
+    assert factor(10) == 1.0
+    assert abs(factor(60) - 0.6) < 1e-12
+    assert abs(factor(110) - 0.2) < 1e-12
+    assert all(factor(s) >= factor(s + 1) for s in range(10, 110))
