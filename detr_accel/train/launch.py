@@ -89,6 +89,15 @@ def make_accelerator(
     return accelerator
 
 
+def describe(accelerator: Accelerator) -> str:
+    """Device, precision and processes in one line."""
+    device, count = accelerator.device, accelerator.num_processes
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    threads = f", {torch.get_num_threads()} threads each" if device.type == "cpu" else ""
+    precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    return f"device {name}, precision {precision}, {count} process{'es' if count > 1 else ''}{threads}"
+
+
 # --- what was asked
 
 
