@@ -53,7 +53,7 @@ class Sinks:
         self.best: tuple[float, int] | None = None
         for row in read(self.metrics.path):
             self._note_best(row.get(f"val/{metric}") or math.nan, row["window"])
-        self._said_eta = False
+        self._said_eta = 0
 
     def say(self, text: str) -> None:
         """A line for the person, above the bars."""
@@ -64,8 +64,13 @@ class Sinks:
         self.meter.add(stats.num_images, stats.seconds, stats.wait_seconds)
         self.eta.add(stats.window, stats.seconds)
         self.console.tick(stats)
-        if self.eta.ready and not self._said_eta:
-            self._said_eta = True
+        self._say_eta()
+
+    def _say_eta(self) -> None:
+        """Once when enough windows were seen, and once more when evaluations and checkpoints have been measured."""
+        known = self.eta.ready + (self.eta.ready and not self.eta.unmeasured)
+        if known > self._said_eta:
+            self._said_eta = known
             self.console.say(f"time: {self.eta.sentence()}")
 
     def log(self, stats: StepStats) -> None:

@@ -53,6 +53,11 @@ class Eta:
     def ready(self) -> bool:
         return self.seen >= self.after
 
+    @property
+    def unmeasured(self) -> list[str]:
+        """What the run will do, and has not done yet."""
+        return [kind for kind, times in self.spent.items() if self.per_window[kind] and not times]
+
     def seconds_per_window(self) -> float:
         """One window's share of everything, in seconds."""
         other = sum(
@@ -68,8 +73,8 @@ class Eta:
         if not self.ready:
             return None
         epoch = words(self.per_epoch * self.seconds_per_window())
-        missing = [f"{kind}s" for kind, times in self.spent.items() if self.per_window[kind] and not times]
-        note = f", {' and '.join(missing)} not yet measured" if missing else ", evaluations and checkpoints included"
+        missing = " and ".join(f"{kind}s" for kind in self.unmeasured)
+        note = f", {missing} not yet measured" if missing else ", evaluations and checkpoints included"
         left = f"{words(self.seconds_left())} left ({self.total - self.window} of {self.total} windows)"
         return f"{median(self.recent):.3g} s per window, {epoch} per epoch, {left}{note}"
 

@@ -7,8 +7,10 @@ without a word. Without an account or key the run is written to the run folder; 
 
 from __future__ import annotations
 
+import math
 import netrc
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,9 @@ NAMESPACES = ("train", "health", "speed", "memory", "data")  # drawn over window
 SHOWN_SCORE = 0.3  # boxes of the panel below it are left out, the few best apart
 SHOWN_AT_LEAST = 3
 LONGEST_SIDE_PX = 1024  # panel images are shrunk to it
+INIT_TIMEOUT_S = 30.0  # without an answer by then, the run is written offline
+FINISH_TIMEOUT_S = 300.0  # what was not sent by then stays in the run folder for `wandb sync`
+ALERT_PAUSE_S = 600.0  # alerts of one title closer than this are not sent again; alarms.jsonl has them all
 
 PanelItem = tuple[np.ndarray, np.ndarray, np.ndarray, Detections, int]
 """image uint8 [H, W, 3], true boxes xyxy px [N, 4], true labels [N], detections, image id."""
@@ -101,7 +106,9 @@ def tracker_kwargs(
     """
     import wandb
 
-    settings = wandb.Settings(console="off", silent=True, init_timeout=60)
+    wanted = {"console": "off", "silent": True, "init_timeout": INIT_TIMEOUT_S, "finish_timeout": FINISH_TIMEOUT_S}
+    known = wandb.Settings.model_fields  # older releases have no finish_timeout
+    settings = wandb.Settings(**{key: value for key, value in wanted.items() if key in known})
     init: dict[str, Any] = {
         "name": name,
         "dir": str(folder),
@@ -127,6 +134,7 @@ class WandbSink:
 
     def __init__(self, accelerator: Any, arguments: dict[str, Any]) -> None:
         self.note = _start(accelerator, arguments)
+        self._alerted: dict[str, float] = {}
         self.run = accelerator.get_tracker("wandb", unwrap=True) if accelerator.is_main_process else None
         if self.run is not None:
             self._define()
@@ -138,8 +146,8 @@ class WandbSink:
             self.run.define_metric(f"{namespace}/*", step_metric="train/window")
         self.run.define_metric("val/*", step_metric="train/epoch")
         for name in BIGGER_IS_BETTER:
-            self.run.define_metric(f"val/{name}", step_metric="train/epoch", summary="max")
-        self.run.define_metric("train/loss", step_metric="train/window", summary="min")
+            self.run.define_metric(f"val/{name}", step_metric="train/epoch", summary="max,last")
+        self.run.define_metric("train/loss", step_metric="train/window", summary="min,last")
 
     @property
     def run_id(self) -> str | None:
@@ -160,14 +168,19 @@ class WandbSink:
             table.add_data(name, None if np.isnan(value) else value, metrics.num_objects.get(name))
         media: dict[str, Any] = {"val/per_class": table}
         if panel:
-            media["val/panel"] = [_picture(item, class_names) for item in panel]
-        self.run.log(row | media)
+            media["val/panel"] = _pictures(panel, class_names)
+        # an undefined number (no small objects, say) is left out: nan would draw nothing and spoil a best value
+        self.run.log({k: v for k, v in row.items() if not (isinstance(v, float) and math.isnan(v))} | media)
 
     def summary(self, values: dict[str, Any]) -> None:
         self.run.summary.update(values)
 
     def alarm(self, title: str, text: str, level: str) -> None:
-        self.run.alert(title=title[:63], text=text, level=level, wait_duration=0)
+        """Send an alert, unless one of this title was sent a moment ago."""
+        now = time.monotonic()
+        if now - self._alerted.get(title, -math.inf) >= ALERT_PAUSE_S:
+            self._alerted[title] = now
+            self.run.alert(title=title[:63], text=text, level=level, wait_duration=1)
 
     def artifact(self, folder: Path, name: str, aliases: Sequence[str], metadata: dict[str, Any]) -> None:
         """Send a model folder. The artifact bears the run's name, never a path."""
@@ -206,17 +219,27 @@ def _start(accelerator: Any, arguments: dict[str, Any]) -> str:
     return f"W&B: offline, in {where}; `wandb sync {where}` sends it"
 
 
-def _picture(item: PanelItem, class_names: dict[int, str]) -> Any:
-    """One image of the panel with two layers of boxes that can be switched: ``truth`` and ``prediction``."""
-    import wandb
+def _pictures(panel: Sequence[PanelItem], class_names: dict[int, str]) -> list[Any]:
+    """The panel's images, shrunk where too large and padded to one size: W&B shows a list as if all had the first's."""
     from PIL import Image
 
-    image, true_boxes_xyxy_px, true_labels, found, image_id = item
-    scale = min(1.0, LONGEST_SIDE_PX / max(image.shape[:2]))
-    picture = Image.fromarray(image)
-    if scale < 1:
-        picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
-    size = picture.size
+    scales = [min(1.0, LONGEST_SIDE_PX / max(item[0].shape[:2])) for item in panel]
+    sizes = [(round(p[0].shape[1] * s) or 1, round(p[0].shape[0] * s) or 1) for p, s in zip(panel, scales, strict=True)]
+    canvas_size = (max(w for w, _ in sizes), max(h for _, h in sizes))
+    pictures = []
+    for item, scale, size in zip(panel, scales, sizes, strict=True):
+        canvas = Image.new("RGB", canvas_size, (114, 114, 114))
+        picture = Image.fromarray(item[0])
+        canvas.paste(picture if picture.size == size else picture.resize(size))
+        pictures.append(_picture(canvas, size, scale, item, class_names))
+    return pictures
+
+
+def _picture(canvas: Any, size: tuple[int, int], scale: float, item: PanelItem, class_names: dict[int, str]) -> Any:
+    """One image with two layers of boxes that can be switched: ``truth`` and ``prediction``."""
+    import wandb
+
+    _, true_boxes_xyxy_px, true_labels, found, image_id = item
     enough = max(int((found.scores >= SHOWN_SCORE).sum()), min(SHOWN_AT_LEAST, len(found.scores)))
     layers = {
         "truth": _boxes(true_boxes_xyxy_px * scale, true_labels, None, class_names, size),
@@ -225,7 +248,7 @@ def _picture(item: PanelItem, class_names: dict[int, str]) -> Any:
         ),
     }
     boxes = {name: {"box_data": rows, "class_labels": class_names} for name, rows in layers.items()}
-    return wandb.Image(picture, boxes=boxes, caption=f"image {image_id}", file_type="jpg")
+    return wandb.Image(canvas, boxes=boxes, caption=f"image {image_id}", file_type="jpg")
 
 
 def _boxes(
