@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 
+from detr_accel.models import weights
 from detr_accel.models.backbone import Backbone
-from detr_accel.models.detr import DETR
+from detr_accel.models.detr import DETR, keep_decoder_layers
 from detr_accel.models.losses import SetCriterion
 from detr_accel.models.matcher import Matcher
+from detr_accel.models.postprocess import detections
 from detr_accel.models.transformer import Transformer
 from detr_accel.recipe import Recipe
 from detr_accel.structures import UserError
+
+__all__ = ["build", "build_criterion", "detections", "init_from", "keep_decoder_layers", "param_groups", "weights"]
 
 
 def build(
@@ -25,7 +31,7 @@ def build(
     Raises:
         UserError: backbone unknown, or its weights not to be had.
     """
-    with torch.device("meta") if torch.device(device).type == "meta" else _nothing():
+    with torch.device("meta") if torch.device(device).type == "meta" else nullcontext():
         model = _MODELS[recipe.model.name](recipe, num_classes, load_weights)
     if recipe.optim.lr_backbone == 0:
         model.backbone.requires_grad_(False)
@@ -37,12 +43,12 @@ def build_criterion(recipe: Recipe, num_classes: int) -> nn.Module:
     """Matching and losses of a recipe; on the CPU, to be moved to the model's device."""
     loss = recipe.loss
     matcher = Matcher(loss.cost_class, loss.cost_bbox, loss.cost_giou)
-    weights = {"ce": loss.ce, "bbox": loss.bbox, "giou": loss.giou}
-    return SetCriterion(num_classes, recipe.model.num_queries, matcher, weights, loss.eos_coef, loss.aux)
+    term_weights = {"ce": loss.ce, "bbox": loss.bbox, "giou": loss.giou}
+    return SetCriterion(num_classes, recipe.model.num_queries, matcher, term_weights, loss.eos_coef, loss.aux)
 
 
 def param_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Trainable parameters with their names, as "backbone", "transformer" (queries and projection included), "heads"."""
+    """Trainable parameters with their names: "backbone", "transformer" (with queries and projection), "heads"."""
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {"backbone": [], "transformer": [], "heads": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -90,8 +96,8 @@ def _build_backbone(recipe: Recipe, load_weights: bool) -> Backbone:
         )
     if not trained and stages > 0:
         raise UserError(
-            f"model.backbone.frozen_stages is {stages} while model.backbone.weights is none: random filters would never "
-            "learn; use frozen_stages: 0 (or auto)"
+            f"model.backbone.frozen_stages is {stages} while model.backbone.weights is none: random filters would "
+            "never learn; use frozen_stages: 0 (or auto)"
         )
     return Backbone(
         backbone.name,
@@ -106,9 +112,3 @@ def _build_backbone(recipe: Recipe, load_weights: bool) -> Backbone:
 
 
 _MODELS = {"detr": _build_detr}
-
-
-def _nothing():
-    from contextlib import nullcontext
-
-    return nullcontext()

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 class Attention(nn.Module):
     """nn.MultiheadAttention's parameters and arithmetic, through scaled_dot_product_attention.
 
-    The original asks nn.MultiheadAttention for the averaged weights and throws them away, which keeps it from every fused
-    kernel; the result is the same.
+    The original asks nn.MultiheadAttention for the averaged weights and throws them away, which keeps it from every
+    fused kernel; the result is the same.
     """
 
     def __init__(self, dim: int, num_heads: int, dropout: float):
@@ -48,9 +48,9 @@ class Attention(nn.Module):
 def valid_keys(mask: Tensor) -> Tensor:
     """Padding mask bool [B, N] (True = padding) -> bool [B, 1, 1, N] for ``Attention``.
 
-    A row without any valid key has no softmax (0 / 0, in the original NaN for the whole image and, through the gradient,
-    for the whole step). Such an image (an empty slot of a batch) attends to all its padding instead: finite, and
-    meaningless as it must be.
+    A row without any valid key has no softmax: 0 / 0, which in the original is NaN for the image and, through the
+    gradient, for the whole step. Such an image (an empty slot of a batch) attends to all its padding instead: finite,
+    and as meaningless as it must be.
     """
     valid = ~mask
     return (valid | ~valid.any(-1, keepdim=True))[:, None, None, :]

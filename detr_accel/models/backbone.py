@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections import OrderedDict
 
 import timm
@@ -88,12 +87,11 @@ def _create(name: str, weights: str, dc5: bool) -> nn.Module:
 
 def _call_timm(name: str, dc5: bool, **options) -> nn.Module:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # timm's own deprecations
+        with pretrained.quiet_timm():
             return timm.create_model(name, **options)
     except (NotImplementedError, AssertionError, TypeError) as error:
         remedy = "use dc5: false, or a ResNet" if dc5 else "choose one with features"
-        raise UserError(f"model.backbone.name: timm cannot build {name} as a feature extractor ({error}); {remedy}") from None
+        raise UserError(f"model.backbone.name: timm cannot take features from {name} ({error}); {remedy}") from None
 
 
 def _any_image_size(name: str, options: dict) -> dict:
@@ -115,7 +113,7 @@ def _check_name(name: str) -> None:
     base, _, tag = name.partition(".")
     if not timm.is_model(base):
         near = difflib.get_close_matches(base, timm.list_models(), n=3)
-        hint = f"; did you mean {', '.join(near)}?" if near else "; python -c 'import timm; print(timm.list_models())' lists them"
+        hint = f"; did you mean {', '.join(near)}?" if near else "; timm.list_models() has them all"
         raise UserError(f"model.backbone.name: timm knows no model {name!r}{hint}")
     tags = [n.partition(".")[2] for n in timm.list_pretrained(base + "*") if n.partition(".")[0] == base]
     if tag and tag not in tags:

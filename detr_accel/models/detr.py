@@ -41,7 +41,9 @@ class DETR(nn.Module):
     Source: Carion et al., End-to-End Object Detection with Transformers, ECCV 2020.
     """
 
-    def __init__(self, backbone: Backbone, transformer: Transformer, hidden_dim: int, num_classes: int, num_queries: int):
+    def __init__(
+        self, backbone: Backbone, transformer: Transformer, hidden_dim: int, num_classes: int, num_queries: int
+    ):
         super().__init__()
         self.backbone = backbone
         self.transformer = transformer
@@ -78,7 +80,8 @@ class DETR(nn.Module):
         logits = self.class_embed(hs)  # [L, B, Q, C + 1]: the heads see all layers at once
         with no_autocast(hs.device):  # bfloat16 near 0.9 has steps of 1/256: five pixels of 1333
             boxes = self.bbox_embed(full_precision(hs)).sigmoid()  # [L, B, Q, 4]
-        *aux, last = [{"pred_logits": c, "pred_boxes": b} for c, b in zip(logits.unbind(0), boxes.unbind(0), strict=True)]
+        pairs = zip(logits.unbind(0), boxes.unbind(0), strict=True)
+        *aux, last = [{"pred_logits": c, "pred_boxes": b} for c, b in pairs]
         return {**last, "aux_outputs": aux}
 
 

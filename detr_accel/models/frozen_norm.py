@@ -1,9 +1,9 @@
 """Frozen BatchNorm, and convolutions that carry it.
 
 A frozen BatchNorm is y = s * conv(x, W) + t with constants s = weight / sqrt(running_var + eps) and
-t = bias - running_mean * s. ``fold`` computes y = conv(x, W * s, t) instead: one pass over the activations less for each
-norm, and nothing to keep for them. The parameter stays the unfolded W, so that AdamW (whose step does not depend on the
-gradient's scale) trains the very same model as without folding.
+t = bias - running_mean * s. ``fold_norms`` computes y = conv(x, W * s, t) instead: no pass over the activations for the
+norm, and nothing kept for it. The parameter stays the unfolded W, so that AdamW (whose step does not depend on the
+scale of a gradient) trains the very same model as without folding.
 
 Legend: B batch, C channels, O output channels, H W feature size.
 """
@@ -83,8 +83,11 @@ class _FoldedConv(torch.autograd.Function):
 
 
 class FoldedConv2d(nn.Module):
-    """A convolution followed by a frozen norm, in one. Owns ``weight`` [O, C, kh, kw] (unfolded) under the convolution's
-    own name; the norm keeps its buffers under its own name, so state dicts are those of the unfolded pair."""
+    """A convolution and the frozen norm behind it, in one.
+
+    Owns ``weight`` [O, C, kh, kw], unfolded, under the convolution's name; the norm keeps its buffers under its own
+    name, so that state dicts are those of the unfolded pair.
+    """
 
     def __init__(self, conv: nn.Conv2d, norm: FrozenBatchNorm2d):
         super().__init__()
@@ -159,9 +162,12 @@ def _observe_pairs(body: nn.Module, input_size: int) -> list[tuple[nn.Conv2d, Fr
     runs: dict[nn.Module, int] = {}
     fed: list[tuple[int, FrozenBatchNorm2d]] = []
 
+    mode = _CountUses()
+
     def after_conv(conv, _, output):
         runs[conv] = runs.get(conv, 0) + 1
         outputs[id(output)] = [conv, output]
+        mode.uses[id(output)] = 0  # an earlier tensor, freed by now, may have had this id
 
     def before_norm(norm, inputs):
         runs[norm] = runs.get(norm, 0) + 1
@@ -173,7 +179,7 @@ def _observe_pairs(body: nn.Module, input_size: int) -> list[tuple[nn.Conv2d, Fr
     was_training = body.training
     body.eval()
     try:
-        with torch.no_grad(), _CountUses() as mode:
+        with torch.no_grad(), mode:
             body(torch.zeros(1, 3, input_size, input_size, dtype=like.dtype, device=like.device))
     finally:
         body.train(was_training)

@@ -29,11 +29,11 @@ class SetCriterion(nn.Module):
 
     Every term is a sum divided by a count over the whole window and all ranks, which the caller adds up beforehand
     (``count``) and hands in (``normalisers``). This differs from the original twice, and on purpose: there the
-    cross-entropy is divided by the weights of the local micro-batch on the local GPU, so that an image's share in the
-    gradient depends on which images happen to lie beside it; and the number of boxes is averaged over ranks before it is
-    clamped. With one process and no accumulation both give the same numbers; with several, only sums over one global
-    count give the same gradient on every layout. The denominator of the weighted cross-entropy is known without matching:
-    of all queries, sum(min(T, Q)) weigh 1 and the others eos_coef.
+    cross-entropy is divided by the class weights of the local micro-batch on the local GPU, so that an image's share in
+    the gradient depends on which images happen to lie beside it; and boxes are counted per micro-batch, averaged over
+    ranks and then clamped. With one process and no accumulation the numbers are the same; otherwise only sums over one
+    global count give the same gradient on every layout. The denominator of the weighted cross-entropy is known without
+    matching: of all queries, sum(min(T, Q)) weigh 1 and the others eos_coef.
 
     Args:
         num_classes: C.
@@ -44,7 +44,13 @@ class SetCriterion(nn.Module):
     """
 
     def __init__(
-        self, num_classes: int, num_queries: int, matcher: Matcher, weights: dict[str, float], eos_coef: float, aux: bool
+        self,
+        num_classes: int,
+        num_queries: int,
+        matcher: Matcher,
+        weights: dict[str, float],
+        eos_coef: float,
+        aux: bool = True,
     ):
         super().__init__()
         self.num_classes, self.num_queries, self.matcher = num_classes, num_queries, matcher
@@ -58,6 +64,12 @@ class SetCriterion(nn.Module):
         sizes = [len(t.labels) for t in targets]
         matched = sum(min(size, self.num_queries) for size in sizes)
         return torch.tensor([sum(sizes), matched, len(sizes)], dtype=torch.float64)
+
+    def loss_names(self, num_layers: int) -> list[str]:
+        """The names in ``LossResult.losses`` for L decoder layers, in their order."""
+        aux = range(num_layers - 1 if self.aux else 0)
+        named = [n for t in ("ce", "bbox", "giou") for n in (f"loss_{t}", *(f"loss_{t}_{i}" for i in aux))]
+        return [*named, "class_error", "cardinality_error"]
 
     def normalisers(self, total: Tensor) -> dict[str, Tensor]:
         """Divisors of a window from its ``count``, summed over micro-batches and ranks; none is below 1 but ``ce``."""

@@ -26,16 +26,18 @@ class Matcher:
     The original solves one layer after the other, computes the cost of every query with the targets of every image, and
     waits for the device each time. Here each image meets its own targets only, all layers at once, in one transfer.
 
-    A cost that is not finite never reaches the solver (which would raise, on one process alone) and is never replaced by a
-    number (which would hide it): the image takes the assignment query i <- target i in all layers, and is named in
-    ``bad_image``.
+    A cost that is not finite never reaches the solver (which would raise, on one process alone) and is never replaced
+    by a number (which would hide it): the image takes the assignment query i <- target i in all layers, and is marked
+    in ``bad_image``.
     """
 
     def __init__(self, cost_class: float = 1.0, cost_bbox: float = 5.0, cost_giou: float = 2.0):
         self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
 
     @torch.no_grad()
-    def __call__(self, logits: Tensor, boxes: Tensor, labels: Tensor, boxes_cxcywh: Tensor, sizes: list[int]) -> Matching:
+    def __call__(
+        self, logits: Tensor, boxes: Tensor, labels: Tensor, boxes_cxcywh: Tensor, sizes: list[int]
+    ) -> Matching:
         """
         Args:
             logits: [L, B, Q, C + 1], float32 or float64.

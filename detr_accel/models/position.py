@@ -13,8 +13,8 @@ from detr_accel.models.autocast import no_autocast
 def sine_positions(mask: Tensor, dim: int, dtype: torch.dtype = torch.float32, temperature: float = 10000.0) -> Tensor:
     """Code of each cell's place inside the un-padded part of its image.
 
-    The first half of the code is y, the second x; even channels are sines, odd ones cosines. Computed with autocast off:
-    bfloat16 cannot tell neighbouring cells apart.
+    The first half of the code is y, the second x; even channels are sines, odd ones cosines. Computed with autocast
+    off: bfloat16 cannot tell neighbouring cells apart.
 
     Args:
         mask: bool [B, h, w], True = padding.

@@ -19,6 +19,20 @@ _logger = logging.getLogger(__name__)
 
 
 @contextmanager
+def quiet_timm() -> Iterator[None]:
+    """timm warns of every tensor that features do not need (the classifier); here that is the rule."""
+    builder = logging.getLogger("timm.models._builder")
+    level = builder.level
+    builder.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        builder.setLevel(level)
+
+
+@contextmanager
 def explain_missing(name: str) -> Iterator[None]:
     """Turn whatever timm, huggingface_hub or the network raise into one sentence. Never a silent random start."""
     try:
@@ -26,17 +40,17 @@ def explain_missing(name: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # each transport has its own exceptions; all mean that there are no weights
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0]
         raise UserError(
             f"the pretrained weights of backbone {name} are neither in the cache nor to be downloaded "
-            f"({type(error).__name__}: {reason[:160]}). On a machine with network: "
-            f"python -c \"import timm; timm.create_model('{name}', pretrained=True)\" fills the cache (HF_HOME); or set "
-            "model.backbone.weights to a local .pth or .safetensors file, or to none for a random start"
+            f"({type(error).__name__}: {reason[:200]}). On a machine with network: "
+            f"python -c \"import timm; timm.create_model('{name}', pretrained=True)\" fills the cache (HF_HOME); or "
+            "set model.backbone.weights to a local .pth or .safetensors file, or to none for a random start"
         ) from None
 
 
 def read_for(name: str, path: str) -> dict[str, Tensor]:
-    """Read a local file and fit it to the timm model ``name``: by name, else by order, else through timm's own converter.
+    """Read a local file and fit it to the timm model ``name``: by name, by order, or through timm's own converter.
 
     Returns:
         state dict with the full model's names.
@@ -53,8 +67,8 @@ def read_for(name: str, path: str) -> dict[str, Tensor]:
     by_order = _match_by_order(state, wanted)
     if by_order is not None:
         _logger.warning(
-            "backbone weights %s: names are not timm's %s, but its %d tensors line up with the model's in order, kind and "
-            "shape; matched by order",
+            "backbone weights %s: the names are not those of timm's %s, but all %d tensors line up with the model's in "
+            "order, kind and shape: matched by order",
             path,
             name,
             len(by_order),
@@ -68,7 +82,7 @@ def read_for(name: str, path: str) -> dict[str, Tensor]:
 def _read(path: str) -> dict[str, Tensor]:
     file = Path(path).expanduser()
     if not file.is_file():
-        raise UserError(f"model.backbone.weights: no file {path}; give pretrained, none, or a .pth or .safetensors file")
+        raise UserError(f"model.backbone.weights: no file {path}; give pretrained, none, or a .pth/.safetensors file")
     try:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -78,7 +92,7 @@ def _read(path: str) -> dict[str, Tensor]:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:160]
-        raise UserError(f"model.backbone.weights: {path} holds no plain tensors ({reason}); save a state dict") from None
+        raise UserError(f"model.backbone.weights: {path} is no file of plain tensors ({reason})") from None
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
@@ -99,7 +113,7 @@ def _classifier_prefixes(name: str) -> tuple[str, ...]:
 
 
 def _match_by_order(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor] | None:
-    """Pair the two lists one by one; None unless count, last name part (weight, running_mean, ...) and shape all agree."""
+    """Pair the lists one by one; None unless count, last name part (weight, running_mean, ...) and shape all agree."""
     theirs = [(k, v) for k, v in state.items() if not k.endswith("num_batches_tracked")]
     ours = [(k, v) for k, v in wanted.items() if not k.endswith("num_batches_tracked")]
     if len(theirs) != len(ours):
@@ -113,8 +127,7 @@ def _match_by_order(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict
 def _timm_converts(name: str, state: dict[str, Tensor]) -> bool:
     """Whether timm's converter for this model (torchvision's or the authors' names) gives every tensor, strictly."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet_timm():
             timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"state_dict": dict(state)})
     except (RuntimeError, KeyError, ValueError, AttributeError, TypeError, AssertionError, IndexError):
         return False
@@ -123,10 +136,12 @@ def _timm_converts(name: str, state: dict[str, Tensor]) -> bool:
 
 def _misfit(name: str, path: str, state: dict, wanted: dict, needed: list[str]) -> str:
     missing = [k for k in needed if k not in state]
-    shapes = [f"{k} {tuple(state[k].shape)} instead of {tuple(wanted[k].shape)}" for k in needed if k in state]
-    shapes = [s for s, k in zip(shapes, [k for k in needed if k in state], strict=True) if state[k].shape != wanted[k].shape]
-    what = f"{len(missing)} of {len(needed)} tensors are missing, the first {missing[0]}" if missing else shapes[0]
+    if missing:
+        what = f"{len(missing)} of {len(needed)} tensors are missing, the first {missing[0]}"
+    else:
+        wrong = next(k for k in needed if state[k].shape != wanted[k].shape)
+        what = f"{wrong} is {tuple(state[wrong].shape)} instead of {tuple(wanted[wrong].shape)}"
     return (
-        f"model.backbone.weights: {path} does not fit backbone {name}: {what}, and its {len(state)} tensors do not line up "
-        "by order either; give the file of this very model"
+        f"model.backbone.weights: {path} does not fit backbone {name}: {what}, and its {len(state)} tensors do not "
+        "line up by order either; give the file of this very model"
     )
