@@ -51,6 +51,8 @@ _VERSION_5 = (  # names of transformers 5's modules -> names on the Hub
 _QKV = re.compile(r"^(.+_attn)\.([qkv])_proj\.(weight|bias)$")
 _IN_PROJ = re.compile(r"^(.+_attn)\.in_proj_(weight|bias)$")
 
+MASKED = "{} is a DETR with mask heads (panoptic or segmentation); only detectors can be converted"
+
 
 def strip_wrappers(key: str) -> str:
     """Without what DataParallel, DDP and torch.compile put before or into a name."""

@@ -56,8 +56,8 @@ def save(
     state = model.state_dict() if isinstance(model, nn.Module) else model
     save_file(_own_memory(state), folder / MODEL, metadata={"format": "pt"})
     (folder / RECIPE).write_text(recipe_yaml, encoding="utf-8")
-    (folder / CLASSES).write_text(_json(classes.to_json()), encoding="utf-8")
-    (folder / META).write_text(_json(meta or {}), encoding="utf-8")
+    (folder / CLASSES).write_text(to_json(classes.to_json()), encoding="utf-8")
+    (folder / META).write_text(to_json(meta or {}), encoding="utf-8")
 
 
 def load(path: str | Path, which: str | None = None) -> Loaded:
@@ -71,7 +71,7 @@ def load(path: str | Path, which: str | None = None) -> Loaded:
     recipe = recipes.loads(_read_text(folder / RECIPE), str(folder / RECIPE))
     classes = _read_classes(folder / CLASSES)
     check_head(state, classes, folder)
-    meta = _read_json(folder / META) if (folder / META).exists() else {}
+    meta = read_json(folder / META) if (folder / META).exists() else {}
     return Loaded(state, recipe, classes, meta, folder)
 
 
@@ -159,14 +159,14 @@ def _own_memory(state: StateDict) -> StateDict:
 
 
 def _read_classes(path: Path) -> Classes:
-    data = _read_json(path)
+    data = read_json(path)
     try:
         return Classes.from_json(data)
     except (KeyError, TypeError, AssertionError):
         raise UserError(f"{path} is no class table: it needs names and category_ids, lists of equal length") from None
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     try:
         return json.loads(_read_text(path))
     except json.JSONDecodeError as error:
@@ -182,5 +182,5 @@ def _read_text(path: Path) -> str:
         raise UserError(f"cannot read {path}: {error}") from None
 
 
-def _json(data: Any) -> str:
+def to_json(data: Any) -> str:
     return json.dumps(data, indent=1, ensure_ascii=False) + "\n"

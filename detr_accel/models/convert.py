@@ -1,0 +1,260 @@
+"""Detectors of three formats, read and written: ours, the official ``.pth``, and transformers' folders.
+
+The weights go there and back unchanged, bit for bit. What a format cannot hold is told in the report: a ``.pth`` knows
+neither class names nor DC5 nor the number of heads (where these are not the published models', an entry ``detr_accel``
+beside ``model`` keeps them; the official code does not look at it). Nothing is unpickled but tensors and plain values.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from detr_accel import recipe as recipes
+from detr_accel.models import architecture, hub, transformers_folder, weights
+from detr_accel.models.coco_classes import NUM_LABELS, coco_91
+from detr_accel.models.hub import fetch
+from detr_accel.models.keymaps import (
+    MASKED,
+    StateDict,
+    from_official,
+    is_counter,
+    is_masked,
+    is_transformers,
+    to_official,
+)
+from detr_accel.models.warm_start import warm_start
+from detr_accel.models.weights import Loaded
+from detr_accel.structures import Classes, UserError
+
+__all__ = ["FORMATS", "cut_head", "fetch", "init_from", "read", "write"]
+
+_EXTRA = "detr_accel"  # the entry of a .pth that holds what the official format has no place for
+
+
+def read(path: str | Path, *, dc5: bool | None = None, num_heads: int | None = None) -> Loaded:
+    """Read a detector, whichever of the three formats it is in.
+
+    Args:
+        path: a run, checkpoint or model folder; a transformers folder; a ``.pth`` or ``.safetensors`` file.
+        dc5: whether the last stage is dilated, where the file does not say (an official ``.pth``): default no.
+        num_heads: likewise, default 8.
+    Returns:
+        the detector under our names, complete; ``report`` says what was left out.
+    Raises:
+        UserError: not there, damaged, not a DETR, with masks, or contradicting dc5 or num_heads.
+    """
+    path = Path(path)
+    if path.is_file() and path.name == weights.MODEL and any((path.parent / n).exists() for n in _DESCRIBED_BY):
+        path = path.parent
+    if path.is_file():
+        loaded = _read_file(path, dc5, num_heads)
+    elif (path / "config.json").is_file() and not (path / weights.RECIPE).exists():
+        loaded = transformers_folder.read(path)
+    else:
+        loaded = weights.load(path)
+    backbone, heads = loaded.recipe.model.backbone, loaded.recipe.model.num_heads
+    if dc5 is not None and dc5 != backbone.dc5:
+        raise UserError(f"{path} says itself that dc5 is {str(backbone.dc5).lower()}: leave dc5 out")
+    if num_heads is not None and num_heads != heads:
+        raise UserError(f"{path} says itself that it has {heads} heads, not {num_heads}: leave num_heads out")
+    architecture.check(loaded.state_dict, loaded.recipe, len(loaded.classes), path)
+    return loaded
+
+
+def write(loaded: Loaded, path: str | Path, to: str = "ours", cut_head: bool = False) -> list[str]:
+    """Write a detector in one of the three formats; nothing that exists is overwritten.
+
+    Args:
+        path: a folder (ours, transformers) or a file (official).
+        to: ``ours``, ``official`` or ``transformers``.
+        cut_head: keep only the class rows that a category uses (91 published labels -> 80).
+    Returns:
+        lines to print.
+    Raises:
+        UserError: the path is taken, or the format cannot hold this detector.
+    """
+    if to not in FORMATS:
+        raise UserError(f"{to!r} is no format: choose one of {', '.join(FORMATS)}")
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} exists already: choose another path or remove it first")
+    lines: list[str] = []
+    if cut_head:
+        loaded, line = _cut(loaded)
+        lines.append(line)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.unlink(missing_ok=True)
+    lines += FORMATS[to](loaded, partial)
+    if path.is_dir():
+        path.rmdir()
+    os.replace(partial, path)
+    count = sum(v.numel() for v in loaded.state_dict.values())
+    lines.append(f"wrote {path} ({to}): {count:,} numbers, {len(loaded.classes)} labels")
+    return lines
+
+
+def cut_head(loaded: Loaded) -> Loaded:
+    """The same detector with only the class rows that a category uses; labels become contiguous, category ids stay."""
+    return _cut(loaded)[0]
+
+
+def init_from(model: nn.Module, classes: Classes, source: str | Path, head: str = "match") -> list[str]:
+    """Start a model from a trained detector, in place (recipe: ``model.init_from``, ``model.init_head``).
+
+    Args:
+        source: a path that ``read`` takes, or a hub id such as ``facebook/detr-resnet-101`` (fetched once).
+        head: ``match``, ``keep`` or ``reset``.
+    Returns:
+        lines to print: what was and what was not copied.
+    Raises:
+        UserError: nothing there, not fetched and no network, or it does not fit the model.
+    """
+    if not Path(source).exists() and hub.is_hub_id(str(source)):
+        loaded = read(fetch(str(source)))
+        loaded.report.insert(0, f"{source}: from the Hub, kept in {loaded.folder}")
+    else:
+        loaded = read(source)
+    return [*loaded.report, *warm_start(model, classes, loaded, head)]
+
+
+def _read_file(path: Path, dc5: bool | None, num_heads: int | None) -> Loaded:
+    if path.suffix == ".safetensors":
+        content: dict[str, Any] = {"model": weights.read_safetensors(path)}
+    else:
+        content = _unpickle_tensors(path)
+    nested = isinstance(content.get("model"), dict)
+    state = content["model"] if nested else content
+    beside = sorted(set(content) - {"model", _EXTRA}) if nested else []
+    if not state or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
+        raise UserError(f"{path} holds no state dict: expected tensors by name, or such a dict under 'model'")
+    extra = content.get(_EXTRA) if nested else None
+    loaded = _official(state, extra, path, dc5, num_heads)
+    if beside:
+        loaded.report.append(f"left out of {path.name}: {', '.join(beside)} (not part of the model)")
+    return loaded
+
+
+def _unpickle_tensors(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} holds pickled Python objects beside tensors, and unpickling runs code, so it is refused: where "
+            f"you trust the file, keep its weights only, with python -c \"import torch; c = torch.load('{path}', "
+            "weights_only=False); torch.save({'model': c['model']}, 'weights_only.pth')\", and give weights_only.pth"
+        ) from None
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is no PyTorch file or is cut short ({reason}): copy it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict: nothing to convert")
+    return content
+
+
+def _official(state: StateDict, extra: Any, path: Path, dc5: bool | None, num_heads: int | None) -> Loaded:
+    if is_masked(state):
+        raise UserError(MASKED.format(path))
+    named = from_official(state)
+    if is_transformers(named):
+        raise UserError(
+            f"{path} has transformers' key names: give the folder that holds model.safetensors and config.json"
+        )
+    state = {k: v for k, v in named.items() if not is_counter(k)}
+    report = [f"{path.name}: official key names, {len(state)} tensors"]
+    if len(named) > len(state):
+        report.append(f"left out: {len(named) - len(state)} batch counters, which frozen normalisation does not use")
+    if extra:
+        recipe, classes = recipes.loads(extra["recipe"], str(path)), Classes.from_json(extra["classes"])
+        report.append(f"class table and recipe: as kept in the file's entry {_EXTRA}")
+    else:
+        recipe = architecture.infer(state, path.stem, path, dc5=bool(dc5), num_heads=num_heads or 8)
+        classes = _assumed_classes(len(state["class_embed.bias"]) - 1, report)
+        report += _assumed_lines(recipe, dc5, num_heads)
+    weights.check_head(state, classes, path)
+    meta = {"weights": "raw", "source": path.name, "format": "official"}
+    return Loaded(state, recipe, classes, meta, path, report)
+
+
+def _assumed_classes(num_labels: int, report: list[str]) -> Classes:
+    if num_labels == NUM_LABELS:
+        report.append("class table: COCO's 80 names at their category ids, as in the published models (91 labels)")
+        return coco_91()
+    report.append(f"class table: the file has none; its {num_labels} labels are called category 0, category 1, ...")
+    return Classes(tuple(f"category {i}" for i in range(num_labels)), tuple(range(num_labels)))
+
+
+def _assumed_lines(recipe: recipes.Recipe, dc5: bool | None, num_heads: int | None) -> list[str]:
+    model = recipe.model
+    lines = [
+        f"architecture: {model.backbone.name}, {model.num_encoder_layers} + {model.num_decoder_layers} layers, width "
+        f"{model.hidden_dim}, {model.num_queries} queries"
+    ]
+    if dc5 is None:
+        lines.append("dc5: the weights do not show it; taken as false (say dc5 if the last stage is dilated)")
+    if num_heads is None:
+        lines.append(f"num_heads: the weights do not show it; taken as {model.num_heads}")
+    return lines
+
+
+def _cut(loaded: Loaded) -> tuple[Loaded, str]:
+    used = [i for i, name in enumerate(loaded.classes.names) if name is not None]
+    rows = [*used, len(loaded.classes)]  # the no-object row stays last
+    state = dict(loaded.state_dict)
+    for key in ("class_embed.weight", "class_embed.bias"):
+        state[key] = state[key][rows].clone()
+    names = tuple(loaded.classes.names[i] for i in used)
+    ids = tuple(loaded.classes.category_ids[i] for i in used)
+    line = f"class head: cut from {len(loaded.classes)} labels to the {len(used)} that a category uses"
+    return replace(loaded, state_dict=state, classes=Classes(names, ids)), line
+
+
+def _write_ours(loaded: Loaded, path: Path) -> list[str]:
+    weights.save(path, loaded.state_dict, recipes.dumps(loaded.recipe), loaded.classes, loaded.meta)
+    if loaded.recipe.data.root == architecture.DATA_ROOT and "format" in loaded.meta:
+        return [f"recipe.yaml: data.root is {architecture.DATA_ROOT}, a stand-in; the file knows no data set"]
+    return []
+
+
+def _write_official(loaded: Loaded, path: Path) -> list[str]:
+    told = loaded.recipe.model
+    resnet = architecture.name_resnet(loaded.state_dict)
+    if resnet is None or resnet.split(".")[0] != told.backbone.name.split(".")[0]:
+        raise UserError(
+            f"the official DETR has torchvision's ResNets only, not {told.backbone.name}: this detector can be kept in "
+            "our format or exported"
+        )
+    content: dict[str, Any] = {"model": to_official(loaded.state_dict)}
+    lines = _counter_lines(loaded)
+    if loaded.classes != coco_91() or told.backbone.dc5 or told.num_heads != 8:
+        content[_EXTRA] = {"classes": loaded.classes.to_json(), "recipe": recipes.dumps(loaded.recipe)}
+        lines.append(f"class table and recipe: kept in the entry {_EXTRA}, which the official code does not read")
+    if told.backbone.dc5:
+        lines.append("dc5: the official code must be told, with --dilation")
+    torch.save(content, path)
+    return lines
+
+
+def _write_transformers(loaded: Loaded, path: Path) -> list[str]:
+    transformers_folder.write(loaded, path)
+    return _counter_lines(loaded)
+
+
+def _counter_lines(loaded: Loaded) -> list[str]:
+    counters = sum(is_counter(k) for k in loaded.state_dict)
+    if not counters:
+        return []
+    return [f"left out: {counters} batch counters; there the normalisation is frozen with the statistics reached here"]
+
+
+_DESCRIBED_BY = ("config.json", weights.RECIPE)
+FORMATS = {"ours": _write_ours, "official": _write_official, "transformers": _write_transformers}
