@@ -49,7 +49,7 @@ def match(annotations: list[dict], rows: np.ndarray, max_detections: int) -> tup
     taken = np.zeros(len(truth), dtype=bool)
     crowd = truth[:, 5] > 0
     starts = np.flatnonzero(np.diff(detection, prepend=-1))
-    for start, end in zip(starts, [*starts[1:], len(detection)], strict=True):  # only detections that overlap a box
+    for start, end in zip(starts, np.append(starts, len(detection))[1:], strict=True):  # only detections that overlap a box
         d, boxes, ious = detection[start], box[start:end], iou[start:end]
         free = ~taken[boxes] & ~crowd[boxes]
         if free.any():
@@ -79,7 +79,8 @@ def _overlapping_pairs(rows: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray,
     for i, image in enumerate(truth[:, 0].tolist()):
         boxes_of.setdefault(image, []).append(i)
     images, starts = np.unique(rows[:, 0], return_index=True)
-    for image, start, end in zip(images.tolist(), starts, [*starts[1:], len(rows)], strict=True):
+    ends = np.append(starts, len(rows))[1:]
+    for image, start, end in zip(images.tolist(), starts, ends, strict=True):
         boxes = np.array(boxes_of.get(image, []), dtype=int)
         d, g = rows[start:end, None], truth[None, boxes]  # [d, 1, 7], [1, g, 7]
         wide = np.minimum(d[..., 1] + d[..., 3], g[..., 1] + g[..., 3]) - np.maximum(d[..., 1], g[..., 1])
