@@ -46,17 +46,18 @@ def match(annotations: list[dict], rows: np.ndarray, max_detections: int) -> tup
     verdict = np.full(len(rows), WRONG)
     truth = np.array([[a["image_id"], *a["bbox"], a["iscrowd"], a["category_id"]] for a in annotations]).reshape(-1, 7)
     detection, box, iou = _overlapping_pairs(rows, truth)
-    taken = np.zeros(len(truth), dtype=bool)
-    crowd = truth[:, 5] > 0
-    starts = np.flatnonzero(np.diff(detection, prepend=-1))
-    for start, end in zip(starts, np.append(starts, len(detection))[1:], strict=True):  # only detections that overlap a box
-        d, boxes, ious = detection[start], box[start:end], iou[start:end]
-        free = ~taken[boxes] & ~crowd[boxes]
-        if free.any():
-            best = boxes[free][len(ious[free]) - 1 - np.argmax(ious[free][::-1])]  # the last of equals, as COCO's loop
-            taken[best], verdict[d] = True, RIGHT
-        elif crowd[boxes].any():
-            verdict[d] = IGNORED
+    crowd, taken = (truth[:, 5] > 0).tolist(), [False] * len(truth)
+    current, chosen, chosen_iou = -1, -1, 0.0
+    # plain lists: a large split has a million pairs, and an array operation for each would take ten seconds
+    for d, g, overlap in zip([*detection.tolist(), -1], [*box.tolist(), -1], [*iou.tolist(), 0.0], strict=True):
+        if d != current:
+            if chosen >= 0:
+                verdict[current], taken[chosen] = RIGHT, True
+            current, chosen, chosen_iou = d, -1, 0.0
+        if g >= 0 and crowd[g]:
+            verdict[d] = IGNORED  # unless a free box turns up: that one is preferred
+        elif g >= 0 and not taken[g] and overlap >= chosen_iou:  # the last of equals, as in COCO's loop
+            chosen, chosen_iou = g, overlap
     return verdict, rows[:, 5]
 
 

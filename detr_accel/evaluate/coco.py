@@ -176,13 +176,15 @@ def _detection_rows(
     """float64 [D, 7]: image number, x, y, w, h (px), score, category id; sorted by image, then by score, stable."""
     parts = []
     seen: set[int] = set()
+    labels = np.array(sorted(to_category), dtype=np.int64)
+    categories = np.array([to_category[label] for label in labels.tolist()], dtype=np.float64)
     for d in sorted(detections, key=lambda d: d.image_id):
         if d.image_id not in index:
             raise UserError(f"detections for image {d.image_id}, which the ground truth does not have")
         if d.image_id in seen:
             raise UserError(f"image {d.image_id} was detected twice; each image counts once")
         seen.add(d.image_id)
-        known = np.array([int(label) in to_category for label in d.labels], dtype=bool)
+        known = np.isin(d.labels, labels)
         order = np.argsort(-d.scores[known].astype(np.float64), kind="stable")
         boxes = d.boxes_xyxy_px[known][order].astype(np.float64).reshape(-1, 4)
         part = np.empty((len(order), 7))
@@ -190,7 +192,7 @@ def _detection_rows(
         part[:, 1:3] = boxes[:, :2]
         part[:, 3:5] = boxes[:, 2:] - boxes[:, :2]
         part[:, 5] = d.scores[known][order]
-        part[:, 6] = [to_category[int(label)] for label in d.labels[known][order]]
+        part[:, 6] = categories[np.searchsorted(labels, d.labels[known][order])]
         parts.append(part)
     return np.concatenate(parts) if parts else np.zeros((0, 7))
 
