@@ -47,7 +47,9 @@ def _only_overrides(rest: list[str], allowed: bool) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="detr-accel", description="Train DETR-family object detectors.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="detr-accel", description="Train DETR-family object detectors.", allow_abbrev=False
+    )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, run, help: str, overrides: bool = False) -> argparse.ArgumentParser:
@@ -55,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
         p.set_defaults(run=run, overrides=overrides)
         return p
 
-    p = verb("train", _train, "train a recipe (what train.py does); recipe keys can be set as key=value", overrides=True)
+    p = verb(
+        "train", _train, "train a recipe (what train.py does); recipe keys can be set as key=value", overrides=True
+    )
     p.add_argument("--recipe", default=str(recipes.folder() / "shapes.yaml"), help="YAML file (default: shapes.yaml)")
     p.add_argument("--runs", type=Path, default=Path("runs"), help="folder that holds all runs (default: runs)")
     p.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint of this run")
@@ -63,7 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     p = verb("eval", _eval, "COCO metrics of a run or checkpoint")
     p.add_argument("model", help="run, checkpoint, model folder, .pth or .safetensors")
     where = p.add_mutually_exclusive_group()
-    where.add_argument("--split", default=None, choices=["train", "val"], help="split of the run's own data (default: val)")
+    where.add_argument(
+        "--split", default=None, choices=["train", "val"], help="split of the run's own data (default: val)"
+    )
     where.add_argument("--data", type=Path, help="another COCO folder; classes are matched by name")
     _model_options(p)
 
@@ -79,11 +85,15 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--copy", metavar="NAME", help="copy a shipped recipe into this folder, to edit")
     p.add_argument("--json", action="store_true")
 
-    p = verb("convert", _convert, "between official .pth, transformers folders and this project's own, in every direction")
+    p = verb(
+        "convert", _convert, "between official .pth, transformers folders and this project's own, in every direction"
+    )
     p.add_argument("source")
     p.add_argument("out", type=Path)
     p.add_argument("--to", choices=["ours", "official", "transformers"], default="ours")
-    p.add_argument("--dc5", action="store_true", default=None, help="the weights belong to a DC5 model (no file can tell)")
+    p.add_argument(
+        "--dc5", action="store_true", default=None, help="the weights belong to a DC5 model (no file can tell)"
+    )
     p.add_argument("--cut-head", action="store_true", help="drop the labels that no category uses (91 -> 80)")
 
     p = verb("fetch", _fetch, "download a hub model once, to carry to a machine without network")
@@ -98,7 +108,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _model_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--decoder-layers", type=int, metavar="N", help="use only the first N decoder layers: faster, a little less AP")
+    p.add_argument(
+        "--decoder-layers", type=int, metavar="N", help="use only the first N decoder layers: faster, a little less AP"
+    )
     p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     p.add_argument("--json", action="store_true")
 
@@ -117,7 +129,9 @@ def _eval(args, _) -> int:
         args.model, split=args.split, data_folder=args.data, decoder_layers=args.decoder_layers, device=args.device,
         quiet=args.json,
     )  # fmt: skip
-    print(json.dumps(metrics.to_json() | {"notes": said}, indent=1) if args.json else "\n".join([*said, metrics.table()]))
+    print(
+        json.dumps(metrics.to_json() | {"notes": said}, indent=1) if args.json else "\n".join([*said, metrics.table()])
+    )
     return 0
 
 
@@ -147,7 +161,9 @@ def _recipes(args, _) -> int:
         target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
         print(f"wrote {target}")
         return 0
-    rows = [{"name": p.stem, "path": str(p), "about": recipes.headline(p)} for p in sorted(recipes.folder().glob("*.yaml"))]
+    rows = [
+        {"name": p.stem, "path": str(p), "about": recipes.headline(p)} for p in sorted(recipes.folder().glob("*.yaml"))
+    ]
     print(json.dumps(rows, indent=1) if args.json else "\n".join(f"{r['path']}\n    {r['about']}" for r in rows))
     return 0
 

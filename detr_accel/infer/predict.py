@@ -52,10 +52,14 @@ def predict(
     model = detector.model
     batches = data.eval_batches(recipe, source, rank=0, num_ranks=1, mean=model.mean, std=model.std)
     rows: list[dict] = []
-    for index, batch in enumerate(tqdm(batches, total=len(source), desc="predict", unit="image", disable=quiet or None)):
+    for index, batch in enumerate(
+        tqdm(batches, total=len(source), desc="predict", unit="image", disable=quiet or None)
+    ):
         (found,) = detector(batch, recipe.model.num_queries)
         found = _above(found, threshold)
-        draw(source.sample(index).image, found, detector.classes).save(out / _picture_name(source.name(index), index), quality=92)
+        draw(source.sample(index).image, found, detector.classes).save(
+            out / _picture_name(source.name(index), index), quality=92
+        )
         rows += _coco_rows(found, source.name(index), detector.classes)
     (out / "detections.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     summary = f"{len(rows)} objects in {len(source)} images at score >= {threshold:.3f} ({why})"

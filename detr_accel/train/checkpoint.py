@@ -1,13 +1,13 @@
 """Checkpoints: one folder each, whole or not there at all, with nothing in it that could run code when read.
 
-    checkpoints/window-00000123/
-        model.safetensors      the weights to use: the average if there is one
-        raw.safetensors        the trained weights, if an average is kept
-        optimizer.safetensors  AdamW's moments, by parameter name
-        state.json             counters, schedule position, best value, sizes of the logs, W&B id
-        recipe.yaml classes.json meta.json   what ``detr-accel predict`` needs beside the weights
-        manifest.json          sha256 and size of every file above; written last
-    checkpoints/last, checkpoints/best       links to the newest and to the best one
+checkpoints/window-00000123/
+    model.safetensors      the weights to use: the average if there is one
+    raw.safetensors        the trained weights, if an average is kept
+    optimizer.safetensors  AdamW's moments, by parameter name
+    state.json             counters, schedule position, best value, W&B id
+    recipe.yaml classes.json meta.json   what ``detr-accel predict`` needs beside the weights
+    manifest.json          sha256 and size of every file above; written last
+checkpoints/last, checkpoints/best       links to the newest and to the best one
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ class State:
     threshold: float | None = None
     metrics: dict[str, float] | None = None
     wandb_run_id: str | None = None
-    log_bytes: dict[str, int] | None = None
     scaler: dict[str, Any] | None = None
     layout: dict[str, Any] | None = None
     fingerprint: str | None = None
@@ -158,7 +157,10 @@ def _write_weights(folder: Path, model: nn.Module, ema: Ema | None, optimizer: t
         save_file(raw, folder / "raw.safetensors")
     names = {p: n for n, p in model.named_parameters()}
     moments = {
-        f"{names[p]}/{key}": value for p, rows in optimizer.state.items() for key, value in rows.items() if torch.is_tensor(value)
+        f"{names[p]}/{key}": value
+        for p, rows in optimizer.state.items()
+        for key, value in rows.items()
+        if torch.is_tensor(value)
     }
     save_file(_plain(moments), folder / "optimizer.safetensors")
 
@@ -195,7 +197,9 @@ def _load_optimizer(
 
 def _prune(folder: Path, keep: int) -> None:
     whole = sorted(folder.glob("window-*"), reverse=True)
-    spared = {p.name for p in whole[:keep]} | {os.readlink(link) for link in (folder / "last", folder / "best") if link.is_symlink()}
+    spared = {p.name for p in whole[:keep]} | {
+        os.readlink(link) for link in (folder / "last", folder / "best") if link.is_symlink()
+    }
     for path in whole:
         if path.name not in spared:
             shutil.rmtree(path, ignore_errors=True)

@@ -88,11 +88,13 @@ def _train(recipe: Recipe, accelerator: Accelerator, run: RunFolder, resume: boo
     arithmetic = batch_arithmetic(recipe, accelerator.num_processes, len(splits.train))
     with accelerator.local_main_process_first():  # the first process downloads weights, the others find them
         bare = models.build(recipe, len(splits.train.classes))
-        loaded = models.start_from(recipe, bare, splits.train.classes)
+        loaded = []
+        if recipe.model.init_from is not None and not resume:
+            loaded = models.init_from(bare, splits.train.classes, recipe.model.init_from, recipe.model.init_head)
     bare.to(device)
     broadcast_weights([*bare.parameters(), *bare.buffers()])
     criterion = models.build_criterion(recipe, len(splits.train.classes)).to(device)
-    groups = models.param_groups(bare, lr_backbone=recipe.optim.lr_backbone)
+    groups = models.param_groups(bare)
     optimizer = build_optimizer(
         groups, lr=recipe.optim.lr, lr_backbone=recipe.optim.lr_backbone, weight_decay=recipe.optim.weight_decay,
         betas=recipe.optim.betas, eps=recipe.optim.eps,
@@ -104,13 +106,19 @@ def _train(recipe: Recipe, accelerator: Accelerator, run: RunFolder, resume: boo
     ema = Ema(bare, recipe.ema.decay, recipe.ema.warmup_steps) if recipe.ema.enabled else None
     model = accelerator.prepare_model(bare, evaluation_mode=not recipe.dist.overlap)
     prepared = accelerator.prepare_optimizer(optimizer)
-    runner = WindowRunner(accelerator, model, criterion, groups, seed=recipe.seed, overlap=recipe.dist.overlap)
+    runner = WindowRunner(
+        accelerator, model, criterion, groups, loss_names=criterion.loss_names(recipe.model.num_decoder_layers),
+        seed=recipe.seed, overlap=recipe.dist.overlap,
+    )  # fmt: skip
 
     # -- where the last run stopped
-    state, notes = checkpoint.State(layout={"batch_size": recipe.batch.size, "processes": accelerator.num_processes}), []
+    state, notes = (
+        checkpoint.State(layout={"batch_size": recipe.batch.size, "processes": accelerator.num_processes}),
+        [],
+    )
     state.fingerprint = splits.train.fingerprint()
     if resume:
-        state, notes = _restore(recipe, run, state, accelerator, bare, ema, optimizer, main)
+        state, notes = _restore(recipe, run, state, accelerator, bare, ema, optimizer)
 
     # -- who watches
     if main:
@@ -121,7 +129,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, run: RunFolder, resume: boo
     fingerprints = {"train": state.fingerprint, "val": splits.val.fingerprint()}
     sinks = monitor.build(
         recipe, run.path, accelerator, total_windows=length.total, windows_per_epoch=length.per_epoch,
-        start_window=state.window, fingerprint=fingerprints,
+        start_window=state.window, fingerprint=fingerprints, wandb_run_id=state.wandb_run_id,
     )  # fmt: skip
     for line in [*splits.found, *loaded, *notes, launch.describe(accelerator), arithmetic]:
         sinks.say(line)
@@ -156,9 +164,11 @@ def _train(recipe: Recipe, accelerator: Accelerator, run: RunFolder, resume: boo
                 sinks.log(stats)
             is_best = False
             if length.due(state.window, recipe.evaluate.every_epochs):
-                is_best = validate(state, length)
+                with sinks.timed("evaluation"):
+                    is_best = validate(state, length)
             if result.stop_requested or is_best or length.due(state.window, recipe.checkpoint.every_epochs):
-                save(state, is_best)
+                with sinks.timed("checkpoint"):
+                    save(state, is_best)
             if result.stop_requested:
                 sinks.say(f"stopped as asked after window {state.window}; go on with --resume")
                 return False
@@ -243,7 +253,7 @@ def _all_share(recipe: Recipe, num_ranks: int, window: int, num_images: int, len
 
 def _restore(
     recipe: Recipe, run: RunFolder, fresh: checkpoint.State, accelerator: Accelerator, bare: nn.Module,
-    ema: Ema | None, optimizer: torch.optim.Optimizer, main: bool,
+    ema: Ema | None, optimizer: torch.optim.Optimizer,
 ) -> tuple[checkpoint.State, list[str]]:  # fmt: skip
     folder, notes = checkpoint.load_last(run.checkpoints)
     state = checkpoint.load(folder, model=bare, ema=ema, optimizer=optimizer)
@@ -259,10 +269,6 @@ def _restore(
         )
     if accelerator.scaler is not None and state.scaler:
         accelerator.scaler.load_state_dict(state.scaler)
-    if main:
-        for name, size in (state.log_bytes or {}).items():
-            if (run.path / name).exists():
-                os.truncate(run.path / name, size)
     return state, [*notes, f"resumed from {folder} after window {state.window}"]
 
 
@@ -314,8 +320,6 @@ def _saver(recipe, accelerator, run, classes, bare, ema, optimizer, sinks, main)
         def write() -> None:
             state.wandb_run_id = sinks.wandb_run_id
             state.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-            logs = [run.path / name for name in ("metrics.jsonl", "alarms.jsonl")]
-            state.log_bytes = {p.name: p.stat().st_size if p.exists() else 0 for p in logs}
             meta = {
                 "weights": "raw" if ema is None else "ema", "metric": recipe.evaluate.metric, "metrics": state.metrics,
                 "window": state.window, "step": state.step, "threshold": state.threshold,

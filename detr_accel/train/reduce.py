@@ -56,7 +56,9 @@ class GradientReducer:
         flat = torch.cat([p.grad.reshape(-1) for p in bucket])
         dist.all_reduce(flat)
         parts = flat.split([p.numel() for p in bucket])
-        torch._foreach_copy_([p.grad for p in bucket], [part.view(p.shape) for part, p in zip(parts, bucket, strict=True)])
+        torch._foreach_copy_(
+            [p.grad for p in bucket], [part.view(p.shape) for part, p in zip(parts, bucket, strict=True)]
+        )
 
 
 def broadcast_weights(tensors: Iterable[Tensor]) -> None:

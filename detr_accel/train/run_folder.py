@@ -47,7 +47,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / "lock", "a+", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"cannot write in the run folder {self.path}: {error.strerror}; choose another with --runs") from None
+            raise UserError(
+                f"cannot write in the run folder {self.path}: {error.strerror}; choose another with --runs"
+            ) from None
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -31,6 +31,7 @@ class Validation:
     def __call__(self, state: State, length) -> bool:
         """Evaluate, log, and note the best; returns whether this is it. The same on every process."""
         recipe, accelerator = self.recipe, self.accelerator
+
         def predict(batch: Batch) -> list[Detections]:
             batch = batch.to(accelerator.device, non_blocking=True)
             with accelerator.autocast():
@@ -40,10 +41,10 @@ class Validation:
                 outputs, [t.image_id for t in batch.targets], sizes, recipe.evaluate.max_detections
             )
 
-        batches = data.eval_batches(
+        batches = self.sinks.progress(data.eval_batches(
             recipe, self.source, rank=accelerator.process_index, num_ranks=accelerator.num_processes,
             mean=self.model.mean, std=self.model.std,
-        )  # fmt: skip
+        ))  # fmt: skip
         was_training = self.model.training
         self.model.eval()
         with torch.inference_mode():

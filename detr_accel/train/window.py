@@ -42,6 +42,7 @@ class WindowRunner:
     Args:
         model: prepared by Accelerate; ``accelerator.unwrap_model`` of it is the bare detector.
         groups: group name -> named trainable parameters, for the norms.
+        loss_names: of the criterion's terms, for a process that has no image to take them from.
         overlap: the model is wrapped for reduction during backward (DistributedDataParallel).
     """
 
@@ -52,6 +53,7 @@ class WindowRunner:
         criterion: nn.Module,
         groups: dict[str, list[tuple[str, Parameter]]],
         *,
+        loss_names: list[str],
         seed: int,
         overlap: bool = False,
     ) -> None:
@@ -60,10 +62,13 @@ class WindowRunner:
         self.criterion = criterion
         self.groups = {name: [p for _, p in rows] for name, rows in groups.items() if rows}
         self.reducer = GradientReducer(p for rows in self.groups.values() for p in rows)
+        self.loss_names = [*loss_names, "loss"]
         self.seed = seed
         self.overlap = overlap and accelerator.num_processes > 1
 
-    def run(self, micro_batches: Sequence[Batch], *, all_share: bool = True, stop_requested: bool = False) -> WindowResult:
+    def run(
+        self, micro_batches: Sequence[Batch], *, all_share: bool = True, stop_requested: bool = False
+    ) -> WindowResult:
         """Forward and backward over this process's share; gradients are summed over processes and lie in ``.grad``.
 
         Args:
@@ -135,11 +140,13 @@ class WindowRunner:
     def _read(self, sums: dict[str, Tensor], total: Tensor, bad: list[int], stop: bool) -> WindowResult:
         """Losses, counts and norms come to the host together: the second of two device reads a window."""
         device = self.accelerator.device
-        names = self.criterion.loss_names + ["loss"]
+        names = self.loss_names
         zero = torch.zeros((), device=device)
         values = torch.stack([sums.get(name, zero).to(torch.float64) for name in names])
         values = all_reduce_sum(values, device)
-        norms = [torch.nn.utils.get_total_norm([p.grad for p in rows]).to(torch.float64) for rows in self.groups.values()]
+        norms = [
+            torch.nn.utils.get_total_norm([p.grad for p in rows]).to(torch.float64) for rows in self.groups.values()
+        ]
         read = torch.cat([values, torch.stack(norms), total.to(torch.float64)]).tolist()
         losses = dict(zip(names, read, strict=False))
         grad_norms = dict(zip(self.groups, read[len(names) :], strict=False))

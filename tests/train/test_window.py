@@ -1,0 +1,71 @@
+"""Law 1: the same window gives the same loss and gradient however it is cut."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+SCRIPT = Path(__file__).with_name("window_layouts.py")
+ROOT = Path(__file__).parents[2]
+
+
+def launch(out: Path, processes: int, dtype: str) -> dict:
+    many = ["--multi_gpu", "--num_processes", "2"] if processes == 2 else ["--num_processes", "1"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *many, "--main_process_port", "0"]
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    config = ["--config_file", str(ROOT / "accelerate_config.yaml"), "--mixed_precision", "no"]
+    done = subprocess.run([*command, *config, str(SCRIPT), str(out), dtype], env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out, weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("layouts")
+    return {n: launch(folder / f"{n}.pt", n, "float64") for n in (1, 2)}
+
+
+def compare(reference: dict, other: dict, relative: float) -> None:
+    total = np.sqrt(sum(g.square().sum().item() for g in reference.values()))
+    for name, grad in reference.items():
+        allowed = relative * grad.norm().item() + 1e-3 * relative * total
+        assert (grad - other[name]).norm().item() <= allowed, name
+
+
+@pytest.mark.law1
+@pytest.mark.parametrize("kind", ["full", "short", "one", "empty"])
+@pytest.mark.parametrize("processes, micro", [(1, 4), (1, 2), (1, 1), (2, 8), (2, 4), (2, 2), (2, 1)])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_every_layout_gives_the_gradient_of_the_whole_batch(layouts, kind, processes, micro, overlap):
+    if overlap and processes == 1:
+        pytest.skip("nothing to overlap with on one process")
+    whole, whole_grads = layouts[1][kind, 8, False]
+    result, grads = layouts[processes][kind, micro, overlap]
+    for name, value in whole["losses"].items():
+        assert result["losses"][name] == pytest.approx(value, rel=1e-9, abs=1e-9), name
+    assert result["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-9)
+    assert (result["num_images"], result["num_boxes"]) == (whole["num_images"], whole["num_boxes"])
+    compare(whole_grads, grads, 1e-9)
+
+
+def test_the_comparison_can_fail(layouts):
+    _, whole = layouts[1]["full", 8, False]
+    _, short = layouts[1]["short", 8, False]
+    with pytest.raises(AssertionError):
+        compare(whole, short, 1e-9)
+    name = max(whole, key=lambda n: whole[n].norm())
+    with pytest.raises(AssertionError, match=name):
+        compare(whole, {**whole, name: whole[name] * (1 + 1e-7)}, 1e-9)
+
+
+@pytest.mark.law1
+def test_float32_layouts_agree_to_rounding(tmp_path, layouts):
+    one = launch(tmp_path / "f32.pt", 2, "float32")
+    whole, whole_grads = layouts[1]["full", 8, False]
+    result, grads = one["full", 2, False]
+    assert result["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3)
+    compare(whole_grads, {n: g.double() for n, g in grads.items()}, 1e-2)

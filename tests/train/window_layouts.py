@@ -1,0 +1,105 @@
+"""Run windows in several layouts on this launch's processes; the main one writes losses and gradients to a file.
+
+Usage: accelerate launch ... window_layouts.py OUT.pt DTYPE, on one process or on two.
+"""
+
+import sys
+
+import torch
+
+
+from detr_accel import models
+from detr_accel.recipe import loads
+from detr_accel.structures import Batch, Targets
+from detr_accel.train.launch import make_accelerator
+from detr_accel.train.loop import shares
+from detr_accel.train.window import WindowRunner
+
+RECIPE = """
+name: t
+data: {format: shapes}
+model:
+  backbone: {name: resnet10t, weights: none, norm: frozen_for_test}
+  hidden_dim: 32
+  num_heads: 4
+  num_encoder_layers: 1
+  num_decoder_layers: 3
+  dim_feedforward: 32
+  dropout: 0.0
+  num_queries: 12
+"""
+# boxes of each image; more than the 12 queries in one, none in another
+SIZES = {"full": [3, 0, 5, 1, 14, 2, 1, 7], "short": [2, 0, 9], "one": [4], "empty": [0, 0, 0, 0, 0, 0, 0, 0]}
+
+
+def window(kind: str) -> Batch:
+    gen = torch.Generator().manual_seed(7)
+    targets = []
+    for i, n in enumerate(SIZES[kind]):
+        boxes = torch.rand(n, 4, generator=gen) * torch.tensor([0.6, 0.6, 0.3, 0.3]) + torch.tensor([0.2, 0.2, 0.05, 0.05])
+        labels = torch.randint(0, 5, (n,), generator=gen)
+        targets.append(Targets(i, labels, boxes, (64, 64), (64, 64)))
+    num = len(targets)
+    mask = torch.zeros(num, 64, 96, dtype=torch.bool)
+    mask[::2, :, 70:] = True
+    images = torch.randn(num, 3, 64, 96, generator=gen) * ~mask[:, None]
+    return Batch(images, mask, targets, tuple(range(num)))
+
+
+def cut(batch: Batch, start: int, stop: int) -> Batch:
+    return Batch(batch.images[start:stop], batch.mask[start:stop], batch.targets[start:stop], batch.positions[start:stop])
+
+
+def spread(model: torch.nn.Module) -> None:
+    """Random norms and statistics, and queries far apart, so that no gradient is zero and no assignment is a coin toss."""
+    gen = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if tensor.dim() == 1 and tensor.is_floating_point():
+                low, high = (0.5, 1.5) if name.endswith(("weight", "running_var")) else (-0.2, 0.2)
+                tensor.copy_(torch.rand(tensor.shape, generator=gen) * (high - low) + low)
+        model.query_embed.weight.copy_(torch.randn(model.query_embed.weight.shape, generator=gen) * 5)
+
+
+def main() -> None:
+    out, dtype = sys.argv[1], getattr(torch, sys.argv[2])
+    accelerator = make_accelerator("no", "cpu", overlap=True, timeout_minutes=2)
+    ranks, rank = accelerator.num_processes, accelerator.process_index
+    torch.manual_seed(0)
+    recipe = loads(RECIPE.replace("frozen_for_test", "live"))
+    model = models.build(recipe, 5)
+    for module in model.modules():  # live batch statistics are the law's named exception
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.train = lambda mode=True, m=module: m
+            module.eval()
+            module.training = False
+    spread(model)
+    model.to(dtype)
+    criterion = models.build_criterion(recipe, 5).to(dtype)
+    groups = models.param_groups(model)
+    results = {}
+    for kind, sizes in SIZES.items():
+        for micro in (1, 2, 4, 8):
+            for overlap in (False, True):
+                if overlap and ranks == 1:
+                    continue
+                wrapped = accelerator.prepare_model(model, evaluation_mode=not overlap) if overlap else model
+                runner = WindowRunner(
+                    accelerator, wrapped, criterion, groups, loss_names=criterion.loss_names(3), seed=1, overlap=overlap
+                )
+                model.zero_grad(set_to_none=True)
+                batch = window(kind)
+                batch.images = batch.images.to(dtype)
+                parts = shares(len(sizes), ranks)
+                start, stop = sum(parts[:rank]), sum(parts[: rank + 1])
+                micros = [cut(batch, i, min(i + micro, stop)) for i in range(start, stop, micro)]
+                result = runner.run(micros, all_share=len(sizes) >= ranks)
+                grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+                results[kind, micro, overlap] = (result, grads)
+                if overlap:
+                    model._is_accelerate_prepared = False
+    if accelerator.is_main_process:
+        torch.save({key: (vars(r), g) for key, (r, g) in results.items()}, out)
+
+
+main()
