@@ -77,7 +77,7 @@ def write(loaded: Loaded, path: str | Path, to: str = "ours", cut_head: bool = F
         to: ``ours``, ``official`` or ``transformers``.
         cut_head: keep only the class rows that a category uses (91 published labels -> 80).
     Returns:
-        lines to print.
+        lines to print, those of reading included.
     Raises:
         UserError: the path is taken, or the format cannot hold this detector.
     """
@@ -86,7 +86,7 @@ def write(loaded: Loaded, path: str | Path, to: str = "ours", cut_head: bool = F
     path = Path(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} exists already: choose another path or remove it first")
-    lines: list[str] = []
+    lines = list(loaded.report)
     if cut_head:
         loaded, line = _cut(loaded)
         lines.append(line)

@@ -59,7 +59,7 @@ def _check_sizes(model: nn.Module, own: StateDict, loaded: Loaded) -> None:
     ours, theirs = own[_QUERIES].shape[1], source[_QUERIES].shape[1]
     if ours != theirs:
         raise UserError(
-            f"model.hidden_dim is {ours}, but that of {loaded.folder} {theirs}: set model.hidden_dim={theirs}"
+            f"model.hidden_dim is {ours}, but {theirs} in {loaded.folder}: set model.hidden_dim={theirs}"
         )
     heads = next((m.num_heads for m in model.transformer.modules() if hasattr(m, "num_heads")), told.num_heads)
     if heads != told.num_heads:

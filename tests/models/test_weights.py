@@ -1,0 +1,155 @@
+"""The model folder: what is written is what is read, and everything else is refused in one sentence."""
+
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from detr_accel import recipe as recipes
+from detr_accel.models import weights
+from detr_accel.structures import Classes, UserError
+
+CLASSES = Classes((None, "cat", "traffic light"), (None, 17, 10))
+RECIPE = recipes.Recipe(name="tiny", data=recipes.Data(root="/data"), optim=recipes.Optim(lr=3e-5))
+META = {"weights": "ema", "metric": "AP", "value": 0.25, "window": 12, "threshold": 0.5}
+
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+        self.class_embed = nn.Linear(4, 4)
+
+
+def write(folder, model=None, **changes):
+    given = {"recipe_yaml": recipes.dumps(RECIPE), "classes": CLASSES, "meta": META} | changes
+    weights.save(folder, Tiny() if model is None else model, **given)
+    return folder
+
+
+def test_folder_comes_back_as_it_was_written(tmp_path):
+    model = Tiny()
+    loaded = weights.load(write(tmp_path / "m", model))
+    assert loaded.state_dict.keys() == model.state_dict().keys()
+    assert all(torch.equal(v, loaded.state_dict[k]) and v.dtype == loaded.state_dict[k].dtype
+               for k, v in model.state_dict().items())  # fmt: skip
+    assert (loaded.recipe, loaded.classes, loaded.meta) == (RECIPE, CLASSES, META)
+    assert loaded.folder == tmp_path / "m"
+
+
+def test_nothing_in_the_folder_is_pickled(tmp_path):
+    names = {p.name for p in write(tmp_path / "m").iterdir()}
+    assert names == {"model.safetensors", "recipe.yaml", "classes.json", "meta.json"}
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager"),
+             lambda m: nn.DataParallel(torch.compile(m, backend="eager"))], ids=["parallel", "compiled", "both"],
+)  # fmt: skip
+def test_keys_are_free_of_wrapper_prefixes(tmp_path, wrap):
+    model = Tiny()
+    loaded = weights.load(write(tmp_path / "m", wrap(model)))
+    assert loaded.state_dict.keys() == model.state_dict().keys()
+
+
+def test_a_compiled_part_leaves_no_trace_in_the_keys(tmp_path):
+    model, plain = Tiny(), Tiny()
+    model.backbone = torch.compile(model.backbone, backend="eager")
+    assert any("_orig_mod" in k for k in model.state_dict())
+    assert weights.load(write(tmp_path / "m", model)).state_dict.keys() == plain.state_dict().keys()
+
+
+def test_shared_and_strided_tensors_are_written_by_value(tmp_path):
+    base = torch.arange(12.0).reshape(3, 4)
+    state = {"a": base, "b": base, "c": base.t(), "d": base[1:]}
+    loaded = weights.load(write(tmp_path / "m", state))
+    assert all(torch.equal(v, loaded.state_dict[k]) for k, v in state.items())
+
+
+def test_a_run_means_its_best_checkpoint_else_its_last(tmp_path):
+    run = tmp_path / "run"
+    last = write(run / "checkpoints" / "last")
+    assert weights.find(run) == last
+    best = write(run / "checkpoints" / "best" / "model")
+    assert weights.find(run) == best
+    assert weights.find(run, "last") == last
+    assert weights.find(run / "checkpoints" / "best") == best
+    assert weights.find(best) == best
+    assert weights.find(best / "model.safetensors") == best
+
+
+@pytest.mark.parametrize("which, missing", [(None, "best or last"), ("best", "best")])
+def test_a_run_without_a_finished_checkpoint_says_so(tmp_path, which, missing):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=rf"no finished checkpoint \({missing}\)"):
+        weights.find(tmp_path, which)
+
+
+def test_an_insisted_checkpoint_is_not_replaced_by_the_other(tmp_path):
+    write(tmp_path / "checkpoints" / "last")
+    with pytest.raises(UserError, match="no finished checkpoint"):
+        weights.find(tmp_path, "best")
+
+
+def test_a_path_that_holds_no_model_is_named(tmp_path):
+    with pytest.raises(UserError, match="nothing at .*absent"):
+        weights.load(tmp_path / "absent")
+    with pytest.raises(UserError, match="no model.safetensors in"):
+        weights.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "classes.json"])
+def test_a_missing_file_is_named(tmp_path, name):
+    (write(tmp_path / "m") / name).unlink()
+    with pytest.raises(UserError, match=f"{name} is missing"):
+        weights.load(tmp_path / "m")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_a_file_that_is_cut_short_is_refused_by_name(tmp_path, share):
+    path = write(tmp_path / "m") / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(UserError, match="model.safetensors is damaged or cut short") as caught:
+        weights.load(tmp_path / "m")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"names": ["a"], "category_ids": []}', '{"names": ["a"]}'])
+def test_a_class_table_that_is_none_is_refused(tmp_path, text):
+    (write(tmp_path / "m") / "classes.json").write_text(text)
+    with pytest.raises(UserError, match="classes.json is (not valid json|no class table)"):
+        weights.load(tmp_path / "m")
+
+
+def test_a_class_table_of_another_model_is_refused(tmp_path):
+    write(tmp_path / "m", classes=Classes(("cat",), (1,)))
+    with pytest.raises(UserError, match="names 1 labels, but the head has 4 outputs"):
+        weights.load(tmp_path / "m")
+
+
+def test_a_recipe_with_an_unknown_key_is_refused_by_name(tmp_path):
+    write(tmp_path / "m", recipe_yaml="modle: {}\n")
+    with pytest.raises(UserError, match="recipe.yaml.*modle"):
+        weights.load(tmp_path / "m")
+
+
+@pytest.mark.parametrize("fault, sentence", [
+    (lambda s: s.pop("class_embed.bias"), "class_embed.bias is missing"),
+    (lambda s: s.update(extra=torch.zeros(1)), "extra is not known"),
+    (lambda s: s.update({"class_embed.bias": torch.zeros(7)}), r"class_embed.bias is \(7,\) and should be \(4,\)"),
+])  # fmt: skip
+def test_weights_that_do_not_fit_are_named_and_leave_the_model_alone(fault, sentence):
+    model, state = Tiny(), dict(Tiny().state_dict())
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    fault(state)
+    with pytest.raises(UserError, match=sentence):
+        weights.load_into(model, state, "somewhere")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_model_folder_can_be_moved(tmp_path):
+    write(tmp_path / "m")
+    shutil.move(tmp_path / "m", tmp_path / "elsewhere")
+    assert weights.load(tmp_path / "elsewhere").meta == META
