@@ -5,6 +5,7 @@ In a pipe, a log file or a batch system there is no bar, no colour and no contro
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TextIO, TypeVar
@@ -29,7 +30,7 @@ class Console:
         self.stream = sys.stdout if stream is None else stream
         self.total, self.per_epoch = total_windows, windows_per_epoch
         self.bars: tuple[Any, Any] | None = None
-        if self.stream.isatty():
+        if _is_terminal(self.stream):
             self.bars = self._make_bars(start_window)
 
     def _make_bars(self, start_window: int) -> tuple[Any, Any]:
@@ -100,6 +101,14 @@ class Console:
         for bar in reversed(self.bars or ()):
             bar.close()
         self.bars = None
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    """A terminal with room for a bar: some containers' have a width of 0, where a bar would draw nothing at all."""
+    try:
+        return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
+    except (OSError, ValueError):
+        return False
 
 
 def _speed_of(stats: StepStats) -> dict[str, float]:

@@ -71,13 +71,15 @@ def _has_key() -> bool:
     if settings.api_key:
         return True
     places = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
-    host = urlsplit(settings.base_url).netloc
+    hosts = {urlsplit(settings.base_url).netloc}
+    if settings.base_url == wandb.Settings.model_fields["base_url"].default:
+        hosts.add("api.wandb.ai")  # older logins; the library, too, looks under both names
     for place in places:
         try:
-            entry = netrc.netrc(os.path.expanduser(place)).hosts.get(host)
+            entries = netrc.netrc(os.path.expanduser(place)).hosts
         except (OSError, netrc.NetrcParseError):
             continue
-        if entry and entry[2]:
+        if any(entries[host][2] for host in hosts & entries.keys()):
             return True
     return False
 
