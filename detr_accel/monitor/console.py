@@ -42,8 +42,8 @@ class Console:
             bar_format="{desc} {n:.2f}/{total:.4g} |{bar}| {elapsed}<{remaining}", **common,
         )  # fmt: skip
         windows = tqdm(
-            total=self._epoch_length(start_window), initial=start_window % self.per_epoch, desc="steps", position=1,
-            bar_format="{desc}  {n_fmt}/{total_fmt} |{bar}| {postfix}", **common,
+            total=self._epoch_length(start_window), initial=start_window % self.per_epoch, desc="steps", position=1, unit="",
+            bar_format="{desc}  {n_fmt}/{total_fmt} |{bar}| {unit}", **common,
         )  # fmt: skip
         return epochs, windows
 
@@ -70,7 +70,7 @@ class Console:
         done = (stats.window - 1) % self.per_epoch + 1
         if done < windows.n or done == 1:
             windows.reset(total=self._epoch_length(stats.window - 1))
-        windows.set_postfix_str(_figures(stats, _speed_of(stats)), refresh=False)
+        windows.unit = _figures(stats, _speed_of(stats))  # tqdm's own postfix would begin with a comma
         windows.update(done - windows.n)
         epochs.update(stats.window / self.per_epoch - epochs.n)
 
