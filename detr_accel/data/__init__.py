@@ -1,0 +1,228 @@
+"""Data: sources of images and boxes, and the batches made of them. Only these builders see a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from detr_accel.data import coco_json, layout, loader
+from detr_accel.data import source as seeds
+from detr_accel.data.coco import CocoSource, classes_like, classes_of
+from detr_accel.data.geometry import Augmentation
+from detr_accel.data.images import ImageFiles
+from detr_accel.data.loader import worker_death
+from detr_accel.data.sampler import EvalTasks, TrainTasks, windows_per_epoch
+from detr_accel.data.shapes import ShapesSource
+from detr_accel.data.source import Source
+from detr_accel.recipe import Recipe
+from detr_accel.structures import Batch, Classes, UserError
+
+__all__ = [
+    "ImageFiles", "Source", "Splits", "build", "eval_batches", "eval_source", "train_windows", "windows_per_epoch",
+    "worker_death",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Both splits, and what to tell and to keep about them."""
+
+    train: Source
+    val: Source
+    found: list[str]  # lines for the console
+    split_json: dict | None = None  # the image ids of each split, where one json was cut in two
+
+
+def build(recipe: Recipe, split_json: dict | None = None) -> Splits:
+    """Open the data set of a recipe.
+
+    Args:
+        split_json: a split saved before (``Splits.split_json``); otherwise one is drawn from the seed where needed.
+    Raises:
+        UserError: something is missing or broken; names file, record and value.
+    """
+    return _FORMATS[recipe.data.format](recipe, split_json)
+
+
+def _build_shapes(recipe: Recipe, _: dict | None) -> Splits:
+    train, val = _shapes(recipe, "train"), _shapes(recipe, "val")
+    return Splits(train, val, [f"data: procedural shapes, {len(train)} images to train on, {len(val)} to validate on"])
+
+
+def _shapes(recipe: Recipe, split: str) -> ShapesSource:
+    s = recipe.data.shapes
+    if split not in ("train", "val"):
+        raise UserError(f"the procedural shapes have the splits train and val, not {split!r}")
+    num_images = s.num_train if split == "train" else s.num_val
+    return ShapesSource(recipe.seed, split, num_images, s.image_size, s.max_objects, s.empty_fraction)
+
+
+def _build_coco(recipe: Recipe, split_json: dict | None) -> Splits:
+    d = recipe.data
+    root = Path(d.root).expanduser() if d.root is not None else Path()
+    train_json = _explicit(root, d.train_annotations)
+    val_json = _explicit(root, d.val_annotations)
+    if train_json is None:
+        found = layout.find_jsons(root)
+        train_json = layout.pick(found, "train", root) or layout.pick(found, "", root)
+        val_json = val_json or layout.pick(found, "val", root)
+        if train_json is None:
+            there = ", ".join(sorted(found))
+            raise UserError(f"{root} has jsons for {there} but none to train on: set data.train_annotations")
+    train = _open(train_json, root, "train", _explicit(root, d.train_images))
+    if val_json is None:
+        return _cut(train, split_json or _draw_split(train, d.val_fraction, recipe.seed))
+    val = _open(val_json, root, "val", _explicit(root, d.val_images), train.classes)
+    lines = [_line("train", train), _line("val", val), *_shared_files(train, val), *_unused(train)]
+    return Splits(train, val, lines)
+
+
+_FORMATS = {"coco": _build_coco, "shapes": _build_shapes}
+
+
+def _explicit(root: Path, path: str | None) -> Path | None:
+    if path is None:
+        return None
+    full = root / Path(path).expanduser()
+    if not full.exists():
+        raise UserError(f"{full} does not exist (from {path!r} in the recipe)")
+    return full
+
+
+def _open(json_path: Path, root: Path, split: str, images: Path | None, like: Classes | None = None) -> CocoSource:
+    table = coco_json.read(json_path)
+    folders = [images] if images is not None else layout.image_folders(json_path, root, split)
+    folder, paths = layout.locate(json_path, table.file_names, folders)
+    return CocoSource(table, folder, paths, classes_of(table) if like is None else classes_like(like, table))
+
+
+def _draw_split(source: CocoSource, val_fraction: float, seed: int) -> dict:
+    """A function of the seed and the set of image ids, whatever their order in the file."""
+    ids = np.sort(source.table.image_ids)
+    if len(ids) < 2:
+        raise UserError(f"{source.table.path} lists one image: a training and a validation split need two")
+    num_val = min(max(1, round(len(ids) * val_fraction)), len(ids) - 1)
+    order = seeds.generator(seed, seeds.SPLIT).permutation(len(ids))
+    parts = {"train": ids[np.sort(order[num_val:])], "val": ids[np.sort(order[:num_val])]}
+    return {"seed": seed, "val_fraction": val_fraction, **{name: part.tolist() for name, part in parts.items()}}
+
+
+def _cut(source: CocoSource, split_json: dict) -> Splits:
+    row_of = {image_id: row for row, image_id in enumerate(source.table.image_ids.tolist())}
+    gone = [i for name in ("train", "val") for i in split_json[name] if i not in row_of]
+    if gone:
+        raise UserError(f"{source.table.path} no longer has image {gone[0]} of the saved split ({len(gone)} are gone)")
+    train, val = (source.subset(sorted(row_of[i] for i in split_json[name])) for name in ("train", "val"))
+    new = len(row_of) - len(train) - len(val)
+    lines = [
+        f"data: one json, cut by seed {split_json['seed']} into train and val (the split is saved with the run)",
+        _line("train", train), _line("val", val), *_unused(train),
+    ]  # fmt: skip
+    if new:
+        lines.append(f"data: {new} images came after the split was saved; they are in neither part")
+    return Splits(train, val, lines, split_json)
+
+
+def _line(split: str, source: CocoSource) -> str:
+    return f"data: {split}: {source.describe()}; {source.table.path}, images in {source.folder}"
+
+
+def _unused(train: CocoSource) -> list[str]:
+    used = set(np.unique(train.table.category_ids).tolist())
+    names = [n for c, n in train.table.categories.items() if c not in used]
+    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return [f"data: {len(names)} classes have no box in the training json: {shown}"] if names else []
+
+
+def _shared_files(train: CocoSource, val: CocoSource) -> list[str]:
+    if train.folder != val.folder:
+        return []
+    num = len({train.name(i) for i in range(len(train))} & {val.name(i) for i in range(len(val))})
+    return [f"data: warning: {num} images are in both splits, so the validation figures will flatter"] if num else []
+
+
+def eval_source(
+    recipe: Recipe, folder: str | Path | None = None, split: str = "val", split_json: dict | None = None
+) -> Source:
+    """A split to evaluate on.
+
+    Args:
+        folder: another data set than the recipe's, in COCO form; a folder with a single json is taken whole.
+        split: ``train``, ``val`` or, in a folder that has it, ``test``.
+        split_json: as in ``build``.
+    Returns:
+        a source with its own class table; match it to the model's by name.
+    """
+    if folder is None and (recipe.data.format != "coco" or split in ("train", "val")):
+        if recipe.data.format == "shapes":
+            return _shapes(recipe, split)
+        return getattr(build(recipe, split_json), split)
+    root = Path(folder if folder is not None else recipe.data.root or ".").expanduser()
+    found = layout.find_jsons(root)
+    path = layout.pick(found, split, root)
+    if path is None and folder is not None and set(found) == {""}:
+        path, split = layout.pick(found, "", root), ""
+    if path is None:
+        there = ", ".join(s or "one that names no split" for s in found)
+        raise UserError(f"{root} has no json for the split {split!r}, it has: {there}")
+    return _open(path, root, split, None)
+
+
+def train_windows(
+    recipe: Recipe,
+    source: Source,
+    *,
+    rank: int,
+    num_ranks: int,
+    start_window: int,
+    end_window: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    micro: int | None = None,
+) -> Iterator[list[Batch]]:
+    """This rank's micro-batches of each window in [start_window, end_window).
+
+    Closing the iterator ends its workers. Images and canvas are the same for any number of ranks, workers and micro.
+
+    Args:
+        start_window: windows already trained; any value continues exactly there.
+        mean, std: of the model's backbone, three numbers on the 0..1 scale.
+        micro: takes the place of ``batch.micro``.
+    Raises:
+        UserError: from ``next``: a record is broken, or a worker was ended from outside.
+    """
+    a, b = recipe.data.augment, recipe.batch
+    policy = Augmentation(a.flip, tuple(a.scales), a.max_size, a.crop, tuple(a.crop_scales), tuple(a.crop_size))
+    tasks = TrainTasks(
+        source, policy, b.size, micro or b.micro, recipe.seed, rank, num_ranks, start_window, end_window
+    )
+    return loader.windows(loader.batches(source, tasks, **_loading(recipe, mean, std)), tasks)
+
+
+def eval_batches(
+    recipe: Recipe,
+    source: Source,
+    *,
+    rank: int,
+    num_ranks: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Iterator[Batch]:
+    """This rank's batches of a split: each image once over all ranks, in batches that do not depend on their number."""
+    d = recipe.data
+    tasks = EvalTasks(source, recipe.evaluate.batch, d.eval_size, d.eval_max_size, rank, num_ranks)
+    return loader.batches(source, tasks, **_loading(recipe, mean, std))
+
+
+def _loading(recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...]) -> dict:
+    return {
+        "mean": tuple(mean),
+        "std": tuple(std),
+        "workers": recipe.data.workers,
+        "prefetch": recipe.data.prefetch,
+        "pin_memory": recipe.device == "auto" and torch.cuda.is_available(),
+    }

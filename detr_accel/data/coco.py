@@ -1,0 +1,150 @@
+"""A COCO json and its image folder as a source."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from detr_accel.data.coco_json import Strings, Table
+from detr_accel.data.decode import header_size, read_rgb
+from detr_accel.structures import Classes, Sample, UserError
+
+
+class CocoSource:
+    """Some or all images of one json.
+
+    Args:
+        table: the json.
+        folder: the image folder.
+        paths: each image's file, relative to the folder, in the table's order.
+        classes: labels and category ids; every category of the table is in it.
+        rows: which images, as positions in the table; None takes all.
+    """
+
+    def __init__(self, table: Table, folder: Path, paths: Strings, classes: Classes, rows: np.ndarray | None = None):
+        self.table, self.folder, self.classes, self._paths = table, str(folder), classes, paths
+        self._rows = np.arange(len(table)) if rows is None else np.asarray(rows, np.int64)
+        self._sizes = table.sizes_px.copy()
+        for row in self._rows[(self._sizes[self._rows] == 0).any(1)]:
+            self._sizes[row] = header_size(f"{self.folder}/{paths[row]}")
+        ids = np.array(list(table.categories), np.int64)
+        label_of = np.array([classes.label_of[c] for c in table.categories], np.int64)
+        self._labels = label_of[np.searchsorted(ids, table.category_ids)]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def size_px(self, index: int) -> tuple[int, int]:
+        h, w = self._sizes[self._rows[index]]
+        return int(h), int(w)
+
+    def image_id(self, index: int) -> int:
+        return int(self.table.image_ids[self._rows[index]])
+
+    def name(self, index: int) -> str:
+        return self.table.file_names[self._rows[index]]
+
+    def sample(self, index: int) -> Sample:
+        size_px = self.size_px(index)
+        try:
+            image = read_rgb(f"{self.folder}/{self._paths[self._rows[index]]}", size_px)
+        except UserError as error:
+            raise UserError(f"{self.table.path}: image id {self.image_id(index)}: {error}") from None
+        boxes, labels = self._targets(self._rows[index], size_px)
+        return Sample(image, self.image_id(index), boxes, labels)
+
+    def _targets(self, row: int, size_px: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """DETR's order: crowd out, corners, clip to the image, keep what has width and height."""
+        of_image = np.arange(self.table.offsets[row], self.table.offsets[row + 1])
+        of_image = of_image[~self.table.crowd[of_image]]
+        boxes = self.table.boxes_xywh_px[of_image].astype(np.float32)
+        boxes[:, 2:] += boxes[:, :2]
+        h, w = size_px
+        boxes = np.clip(boxes, 0, np.array((w, h, w, h), np.float32))
+        keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        return boxes[keep], self._labels[of_image[keep]]
+
+    def ground_truth(self) -> dict:
+        t = self.table
+        images, annotations = [], []
+        for i, row in enumerate(self._rows.tolist()):
+            h, w = self.size_px(i)
+            images.append({"id": self.image_id(i), "file_name": self.name(i), "height": h, "width": w})
+            for a in range(t.offsets[row], t.offsets[row + 1]):
+                annotations.append(
+                    {
+                        "id": int(t.annotation_ids[a]),
+                        "image_id": self.image_id(i),
+                        "category_id": int(t.category_ids[a]),
+                        "bbox": t.boxes_xywh_px[a].tolist(),
+                        "area": float(t.areas_px[a]),
+                        "iscrowd": int(t.crowd[a]),
+                    }
+                )
+        categories = [{"id": c, "name": n} for c, n in t.categories.items()]
+        return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
+
+    def fingerprint(self) -> str:
+        """Of names, sizes, categories and annotations of these images; the pixels are not read."""
+        t, digest = self.table, hashlib.sha256()
+        digest.update(repr((self.classes.names, self.classes.category_ids)).encode())
+        counts = np.diff(t.offsets)[self._rows]
+        pick = np.repeat(t.offsets[:-1][self._rows], counts) + _ramps(counts)
+        for array in (
+            t.image_ids[self._rows], self._sizes[self._rows], counts, self._labels[pick], t.boxes_xywh_px[pick],
+            t.areas_px[pick], t.crowd[pick],
+        ):  # fmt: skip
+            digest.update(np.ascontiguousarray(array).tobytes())
+        for i in range(len(self)):
+            digest.update(self.name(i).encode("utf-8", "surrogateescape") + b"\0")
+        return digest.hexdigest()
+
+    def subset(self, rows: Sequence[int] | np.ndarray) -> CocoSource:
+        """Other images of the same json; the arrays are shared."""
+        return CocoSource(self.table, Path(self.folder), self._paths, self.classes, np.asarray(rows, np.int64))
+
+    def describe(self) -> str:
+        """One line for the console: counts, and what is left out of the targets."""
+        t = self.table
+        counts = np.diff(t.offsets)[self._rows]
+        pick = np.repeat(t.offsets[:-1][self._rows], counts) + _ramps(counts)
+        flat = (t.boxes_xywh_px[pick, 2:] <= 0).any(1) & ~t.crowd[pick]
+        parts = [f"{len(self)} images", f"{len(pick)} boxes", f"{len(self.classes)} classes"]
+        notes = {
+            "images without boxes": int((counts == 0).sum()),
+            "crowd regions (kept for evaluation only)": int(t.crowd[pick].sum()),
+            "boxes without area (left out of the targets)": int(flat.sum()),
+        }
+        parts += [f"{value} {what}" for what, value in notes.items() if value]
+        return ", ".join(parts)
+
+
+def _ramps(counts: np.ndarray) -> np.ndarray:
+    """(2, 0, 3) -> (0, 1, 0, 1, 2)."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def classes_of(table: Table) -> Classes:
+    """Contiguous labels in the order of the category ids."""
+    return Classes(tuple(table.categories.values()), tuple(table.categories))
+
+
+def classes_like(train: Classes, table: Table) -> Classes:
+    """The labels of ``train`` with this json's category ids, which may differ; the names may not.
+
+    Raises:
+        UserError: the two jsons do not name the same categories.
+    """
+    id_of = {name: category_id for category_id, name in table.categories.items()}
+    missing = [n for n in train.names if n not in id_of]
+    extra = [n for n in id_of if n not in train.names]
+    if missing or extra:
+        named = {"lacks": missing, "adds": extra}
+        parts = " and ".join(f"{what} {', '.join(map(repr, names[:5]))}" for what, names in named.items() if names)
+        raise UserError(
+            f"{table.path} has other categories than the training json: it {parts}; both must list the same names"
+        )
+    return Classes(train.names, tuple(id_of[n] for n in train.names))

@@ -1,0 +1,101 @@
+"""Tasks through worker processes, in order. One loader serves a whole training, so its workers live across epochs."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from detr_accel.data.collate import make_batch
+from detr_accel.data.sampler import Task, TrainTasks
+from detr_accel.data.source import Source
+from detr_accel.structures import Batch, UserError
+
+
+class _Tasks(Dataset):
+    """A task goes in, a batch comes out; a user's mistake comes out as its sentence, not as a worker's traceback."""
+
+    def __init__(self, source: Source, mean: tuple[float, ...], std: tuple[float, ...]):
+        self.source, self.mean, self.std = source, mean, std
+
+    def __getitem__(self, task: Task) -> Batch | UserError:
+        try:
+            return make_batch(self.source, task, self.mean, self.std)
+        except UserError as error:
+            return error
+
+
+def _start_worker(_: int) -> None:
+    torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group by terminals and schedulers: the training
+        signal.signal(number, signal.SIG_IGN)  # process answers, and ends its workers when it is done
+
+
+def batches(
+    source: Source,
+    tasks: Iterable[Task],
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    workers: int = 0,
+    prefetch: int = 2,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """One batch for each task, in the order of the tasks.
+
+    Closing the iterator ends the workers. The global random generators are neither read nor moved.
+
+    Args:
+        workers: processes; 0 works in the calling one.
+        prefetch: tasks that each worker keeps ready.
+        pin_memory: page-locked batches, for asynchronous copies to a GPU.
+    Raises:
+        UserError: a record is broken, or the operating system ended a worker.
+    """
+    loader = DataLoader(
+        _Tasks(source, mean, std),
+        sampler=tasks,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
+        worker_init_fn=_start_worker,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # otherwise the loader's base seed is drawn from, and moves, the global generator
+    )
+    stream = iter(loader)
+    try:
+        for batch in stream:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        raise worker_death(error) or error from None
+    finally:
+        stop = getattr(stream, "_shutdown_workers", None)  # also runs when the iterator dies; here it is not left to gc
+        if stop is not None:
+            stop()
+
+
+def worker_death(error: RuntimeError) -> UserError | None:
+    """The sentence for a loader process that the operating system ended; None for any other error.
+
+    PyTorch raises it from a signal handler, so it can surface in the middle of any statement of the training process.
+    """
+    text = str(error)
+    if "DataLoader worker" not in text or not ("killed by signal" in text or "exited unexpectedly" in text):
+        return None
+    return UserError(
+        f"a loader process was ended from outside ({text.split('. ')[0].strip()}), most often for lack of memory or "
+        "shared memory: lower data.workers, data.prefetch or batch.micro (in a container, give more with --shm-size)"
+    )
+
+
+def windows(stream: Iterator[Batch], tasks: TrainTasks) -> Iterator[list[Batch]]:
+    """Group the batches of ``tasks`` by window: the micro-batches of this rank, none where its share is empty."""
+    try:
+        for window in range(tasks.start_window, tasks.end_window):
+            yield [next(stream) for _ in range(tasks.num_tasks(window))]
+    finally:
+        stream.close()

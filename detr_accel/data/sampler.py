@@ -1,0 +1,121 @@
+"""Which images when: windows of an epoch, shares of ranks, micro-batches. Plain arithmetic; nothing is decoded here.
+
+A window is one optimizer step. Window w of a training is window w % W of epoch w // W, with W windows an epoch. Its
+images are the positions [v * batch_size, (v + 1) * batch_size) of the epoch's permutation; the last one may be short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from detr_accel.data import source as seeds
+from detr_accel.data.geometry import Augmentation, Plan, canvas, eval_plan, train_plan
+from detr_accel.data.source import Source
+
+
+@dataclass(frozen=True)
+class Task:
+    """One micro-batch, decided down to the last pixel's place."""
+
+    window: int
+    epoch: int
+    positions: tuple[int, ...]  # global, in the epoch or in the split
+    indices: tuple[int, ...]  # into the source
+    plans: tuple[Plan, ...]
+    canvas_px: tuple[int, int]
+
+
+def windows_per_epoch(num_images: int, batch_size: int) -> int:
+    """The short last window counts."""
+    return -(-num_images // batch_size)
+
+
+def permutation(seed: int, epoch: int, num_images: int) -> np.ndarray:
+    """The order of one epoch: int64 [num_images], a function of nothing else."""
+    return seeds.generator(seed, seeds.ORDER, epoch).permutation(num_images)
+
+
+def share(num: int, rank: int, num_ranks: int) -> range:
+    """A rank's contiguous part of ``range(num)``; parts differ by one at most, longer ones first (8 on 3: 3, 3, 2)."""
+    base, more = divmod(num, num_ranks)
+    start = rank * base + min(rank, more)
+    return range(start, start + base + (rank < more))
+
+
+@dataclass(frozen=True)
+class TrainTasks:
+    """The micro-batches of one rank over windows [start_window, end_window), in order.
+
+    Any start gives the tail of the run that began at 0. Canvas and geometry are those of the whole window, so they are
+    the same on every rank and for every ``micro``.
+    """
+
+    source: Source
+    policy: Augmentation
+    batch_size: int
+    micro: int
+    seed: int
+    rank: int
+    num_ranks: int
+    start_window: int
+    end_window: int
+
+    def window_positions(self, window: int) -> range:
+        """Global positions in the epoch, of all ranks."""
+        at = window % windows_per_epoch(len(self.source), self.batch_size) * self.batch_size
+        return range(at, min(at + self.batch_size, len(self.source)))
+
+    def num_tasks(self, window: int) -> int:
+        """Micro-batches of this rank in a window: 0 where a short window leaves it none."""
+        return -(-len(share(len(self.window_positions(window)), self.rank, self.num_ranks)) // self.micro)
+
+    def __iter__(self) -> Iterator[Task]:
+        per_epoch = windows_per_epoch(len(self.source), self.batch_size)
+        known_epoch, order = -1, np.empty(0, np.int64)
+        for window in range(self.start_window, self.end_window):
+            epoch = window // per_epoch
+            if epoch != known_epoch:
+                known_epoch, order = epoch, permutation(self.seed, epoch, len(self.source))
+            yield from self._cut(window, epoch, order)
+
+    def __len__(self) -> int:
+        return sum(self.num_tasks(w) for w in range(self.start_window, self.end_window))
+
+    def _cut(self, window: int, epoch: int, order: np.ndarray) -> Iterator[Task]:
+        positions = self.window_positions(window)
+        indices = [int(order[p]) for p in positions]
+        plans = [self._plan(epoch, i) for i in indices]
+        size = canvas(plans)
+        mine = share(len(positions), self.rank, self.num_ranks)
+        for start in range(mine.start, mine.stop, self.micro):
+            part = slice(start, min(start + self.micro, mine.stop))
+            yield Task(window, epoch, tuple(positions[part]), tuple(indices[part]), tuple(plans[part]), size)
+
+    def _plan(self, epoch: int, index: int) -> Plan:
+        rng = seeds.generator(self.seed, seeds.GEOMETRY, epoch, index)
+        return train_plan(rng, self.source.size_px(index), self.policy)
+
+
+@dataclass(frozen=True)
+class EvalTasks:
+    """Each image of a split once, in split order: batches are formed globally, then dealt to the ranks in turn, so that
+    who shares a canvas with whom does not depend on the number of ranks."""
+
+    source: Source
+    batch: int
+    short: int
+    max_size: int
+    rank: int
+    num_ranks: int
+
+    def __len__(self) -> int:
+        return len(range(self.rank, windows_per_epoch(len(self.source), self.batch), self.num_ranks))
+
+    def __iter__(self) -> Iterator[Task]:
+        for number in range(self.rank, windows_per_epoch(len(self.source), self.batch), self.num_ranks):
+            indices = tuple(range(number * self.batch, min((number + 1) * self.batch, len(self.source))))
+            plans = tuple(eval_plan(self.source.size_px(i), self.short, self.max_size) for i in indices)
+            yield Task(number, 0, indices, indices, plans, canvas(plans))

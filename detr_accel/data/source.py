@@ -1,0 +1,49 @@
+"""What every data set looks like to the loader, and seeds that depend on nothing but their meaning."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from detr_accel.structures import Classes, Sample
+
+# First word after the seed: keeps the streams of different purposes apart.
+ORDER, GEOMETRY, SPLIT, SHAPES_TRAIN, SHAPES_VAL, SHAPES_SIZES = range(6)
+
+
+class Source(Protocol):
+    """A split of a data set. Indices run over ``range(len(source))``; everything may be called in a worker process."""
+
+    classes: Classes
+
+    def __len__(self) -> int: ...
+
+    def size_px(self, index: int) -> tuple[int, int]:
+        """(h, w) in pixels, without decoding."""
+
+    def image_id(self, index: int) -> int: ...
+
+    def name(self, index: int) -> str:
+        """For messages: the file, or what stands for it."""
+
+    def sample(self, index: int) -> Sample:
+        """Decode one image. Raises UserError naming the record when that cannot be done."""
+
+    def ground_truth(self) -> dict:
+        """The split as a COCO json, with the data set's own ids, crowd regions included."""
+
+    def fingerprint(self) -> str:
+        """sha256 over names, sizes and annotations: equal exactly when the training data are."""
+
+
+def generator(seed: int, stream: int, *words: int) -> np.random.Generator:
+    """A counter-based generator of (seed, stream, words): the same numbers in any process, order and layout.
+
+    Args:
+        seed: 0 .. 2**32 - 1.
+        stream: one of the constants above.
+        words: at most two, such as epoch and image; one that is left out counts as 0.
+    """
+    assert len(words) <= 2
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, stream, *words))))
