@@ -42,7 +42,8 @@ class Console:
             bar_format="{desc} {n:.2f}/{total:.4g} |{bar}| {elapsed}<{remaining}", **common,
         )  # fmt: skip
         windows = tqdm(
-            total=self._epoch_length(start_window), initial=start_window % self.per_epoch, desc="steps", position=1, unit="",
+            total=self._epoch_length(start_window), initial=start_window % self.per_epoch, desc="steps", unit="",
+            position=1,
             bar_format="{desc}  {n_fmt}/{total_fmt} |{bar}| {unit}", **common,
         )  # fmt: skip
         return epochs, windows
