@@ -59,9 +59,9 @@ def load(path: str | Path, *, decoder_layers: int | None = None, device: str = "
 def _which(loaded) -> str:
     meta = loaded.meta
     sentence = f"weights: {meta.get('weights', 'as converted')} from {loaded.folder}"
-    if meta.get("metrics"):
-        name = meta.get("metric", "AP")
-        sentence += f", {name} {meta['metrics'][name]:.4f} after window {meta['window']}"
+    value = (meta.get("metrics") or {}).get(meta.get("metric"))
+    if value is not None:
+        sentence += f", {meta['metric']} {value:.4f} on its validation set after window {meta['window']}"
     return sentence
 
 

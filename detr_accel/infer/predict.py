@@ -42,7 +42,7 @@ def predict(
     """
     detector = load(path, decoder_layers=decoder_layers, device=device)
     threshold, why = _threshold(threshold, detector.threshold)
-    source = data.image_files(images)
+    source = data.ImageFiles(images)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

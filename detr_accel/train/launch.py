@@ -127,7 +127,7 @@ def _launch_arguments(command: list[str]) -> list[str] | None:
             return command[i + 1 :]
         if word == "-m" and follows == "accelerate.commands.launch":
             return command[i + 2 :]
-        named = Path(word).name == "accelerate" or word.endswith(("commands/accelerate_cli.py", "commands.accelerate_cli"))
+        named = Path(word).name in ("accelerate", "accelerate_cli.py", "accelerate.commands.accelerate_cli")
         if named and follows == "launch":
             return command[i + 2 :]
     return None
@@ -187,7 +187,7 @@ def check_before(env: Mapping[str, str], request: Request | None, *, recipe_prec
             raise UserError(f"{source} chooses {engine}, which this program does not use; launch with {CONFIG_HINT}")
     dynamo = env.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if dynamo not in ("", "no"):
-        raise UserError(f"{source} chooses torch.compile (dynamo backend {dynamo}), not supported yet; use {CONFIG_HINT}")
+        raise UserError(f"{source} chooses torch.compile ({dynamo}), which is not supported yet; use {CONFIG_HINT}")
     steps = env.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps != "1":
         raise UserError(

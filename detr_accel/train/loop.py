@@ -83,7 +83,8 @@ def _train(recipe: Recipe, accelerator: Accelerator, run: RunFolder, resume: boo
     """Returns whether the end was reached (False: asked to stop, state saved)."""
     # -- data and model
     main, device = accelerator.is_main_process, accelerator.device
-    splits = data.build(recipe)
+    saved_split = run.path / "split.json"
+    splits = data.build(recipe, json.loads(saved_split.read_text()) if resume and saved_split.exists() else None)
     length = _length(recipe, len(splits.train))
     arithmetic = batch_arithmetic(recipe, accelerator.num_processes, len(splits.train))
     with accelerator.local_main_process_first():  # the first process downloads weights, the others find them

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
@@ -57,10 +59,12 @@ class Validation:
         self.model.train(was_training)
 
         value = metrics.values[recipe.evaluate.metric]
-        is_best = state.best is None or value > state.best
-        state.metrics, state.threshold = metrics.values, metrics.threshold
+        # nan (no ground truth to score against) is never better, but the first evaluation always gives something to load
+        is_best = state.metrics is None or (not math.isnan(value) and (state.best is None or value > state.best))
+        state.metrics = {name: None if math.isnan(v) else v for name, v in metrics.values.items()}
+        state.threshold = metrics.threshold
         if is_best:
-            state.best, state.best_window = value, state.window
+            state.best, state.best_window = (None if math.isnan(value) else value), state.window
         self.sinks.evaluation(
             metrics, window=state.window, step=state.step, epoch=state.window / length.per_epoch,
             weights="ema" if recipe.ema.enabled else "raw", panel=self._pictures(metrics.kept), classes=self.source.classes,

@@ -1,0 +1,46 @@
+"""Helpers that start real runs the way a person does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+# a detector small enough to train a few windows in seconds
+TINY = [
+    "data.shapes.num_train=22", "data.shapes.num_val=7", "data.shapes.image_size=64", "data.augment.scales=[64]",
+    "data.eval_size=64", "data.workers=1", "model.backbone.name=resnet10t", "model.hidden_dim=32", "model.num_heads=4",
+    "model.num_encoder_layers=1", "model.num_decoder_layers=2", "model.dim_feedforward=32", "model.num_queries=10",
+    "batch.size=8", "batch.micro=4", "schedule.epochs=2", "log.every=1", "evaluate.batch=2", "ema.enabled=true",
+    "log.wandb.enabled=false",
+]  # fmt: skip
+
+
+def launch(folder: Path, *arguments: str, processes: int = 1, launcher: list[str] | None = None, timeout: int = 280):
+    """``accelerate launch train.py`` in ``folder``; returns the finished process."""
+    flags = ["--config_file", str(ROOT / "accelerate_config.yaml"), "--num_processes", str(processes)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *(flags if launcher is None else launcher)]
+    env = {
+        **os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+        "WANDB_MODE": "offline", "HF_HOME": str(folder / "hf"),
+    }  # fmt: skip
+    return subprocess.run(
+        [*command, "--main_process_port", "0", str(ROOT / "train.py"), *arguments],
+        cwd=folder, env=env, capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+
+
+def verb(folder: Path, *arguments: str, timeout: int = 280):
+    """``detr-accel VERB ...``; returns the finished process."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "detr_accel.cli", *arguments],
+        cwd=folder, env=env, capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

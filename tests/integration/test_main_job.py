@@ -1,0 +1,137 @@
+"""The main job, whole, as a person starts it: train, status, evaluate, predict, resume, on one process and on two."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+_spec = importlib.util.spec_from_file_location("runs", Path(__file__).with_name("runs.py"))
+runs = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(runs)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("main_job")
+    done = runs.launch(folder, *runs.TINY, "name=a", "log.wandb.enabled=true", "log.wandb.mode=offline")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return folder, done
+
+
+def test_a_run_leaves_what_the_design_promises(finished):
+    folder, done = finished
+    run = folder / "runs" / "a"
+    assert json.loads((run / "status.json").read_text())["state"] == "done"
+    for name in ("recipe.yaml", "metrics.jsonl", "alarms.jsonl", "checkpoints/last/manifest.json", "checkpoints/best"):
+        assert (run / name).exists(), name
+    assert (run / "alarms.jsonl").read_text() == ""
+    assert list((run / "wandb").glob("offline-run-*/run-*.wandb"))
+    windows = [r["window"] for r in runs.rows(run / "metrics.jsonl") if "train/loss" in r]
+    assert windows == [1, 2, 3, 4, 5, 6], "22 images in windows of 8 are 3 windows an epoch, the last one short"
+    assert "batch: 8 images per step = 1 process x 2 micro-batches x 4 images" in done.stdout + done.stderr
+
+
+def test_the_average_is_what_is_handed_over(finished):
+    folder, _ = finished
+    last = folder / "runs" / "a" / "checkpoints" / "last"
+    assert json.loads((last / "meta.json").read_text())["weights"] == "ema"
+    average, raw = load_file(last / "model.safetensors"), load_file(last / "raw.safetensors")
+    assert average.keys() == raw.keys()
+    assert not any(k.startswith(("module.", "_orig_mod.")) for k in raw)
+    assert any(not (average[k] == raw[k]).all() for k in raw)
+
+
+def test_the_same_recipe_gives_the_same_numbers_again(finished):
+    folder, _ = finished
+    done = runs.launch(folder, *runs.TINY, "name=again")
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (folder / "runs" / n / "metrics.jsonl" for n in ("a", "again"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.law2
+def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(finished):
+    folder, _ = finished
+    short = [a for a in runs.TINY if "schedule" not in a]
+    constant = ["schedule.kind=constant", "schedule.epochs=2"]
+    whole = runs.launch(folder, *short, *constant, "name=whole")
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    half = runs.launch(folder, *short, "schedule.kind=constant", "schedule.steps=2", "name=halves")
+    assert half.returncode == 0, half.stderr[-3000:]
+    again = runs.launch(folder, *short, *constant, "name=halves", "--resume")
+    assert again.returncode == 0, again.stderr[-3000:]
+    a, b = (load_file(folder / "runs" / n / "checkpoints" / "last" / "raw.safetensors") for n in ("whole", "halves"))
+    assert all((a[k] == b[k]).all() for k in a), "resumed in the middle of an epoch, after window 2 of 3"
+    train = [[r for r in runs.rows(folder / "runs" / n / "metrics.jsonl") if "train/loss" in r] for n in ("whole", "halves")]
+    assert train[0] == train[1]
+
+
+@pytest.mark.law1
+@pytest.mark.law5
+def test_two_processes_start_like_one_and_count_each_image_once(finished):
+    folder, _ = finished
+    two = runs.launch(folder, *runs.TINY, "name=two", processes=2)
+    assert two.returncode == 0, two.stdout[-2000:] + two.stderr[-3000:]
+    one_rows, two_rows = (runs.rows(folder / "runs" / n / "metrics.jsonl") for n in ("a", "two"))
+    assert one_rows[0]["train/loss"] == pytest.approx(two_rows[0]["train/loss"], rel=1e-2)  # live batch statistics differ
+    assert one_rows[0]["data/num_boxes"] == two_rows[0]["data/num_boxes"]
+    assert [r["val/num_images"] for r in two_rows if "val/AP" in r] == [7, 7]
+
+
+def test_eval_says_the_same_as_the_training(finished):
+    folder, _ = finished
+    done = runs.verb(folder, "eval", "runs/a", "--json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    trained = [r for r in runs.rows(folder / "runs/a/metrics.jsonl") if "val/AP" in r]
+    best = max(trained, key=lambda r: r["val/AP"])
+    assert said["values"]["AR100"] == pytest.approx(best["val/AR100"], abs=1e-12)
+    assert "weights: ema" in said["notes"][0]
+
+
+def test_predict_writes_pictures_and_coco_json(finished, tmp_path):
+    folder, _ = finished
+    for i in range(2):
+        Image.new("RGB", (90 + i, 70), (200, 30, 30)).save(tmp_path / f"x{i}.png")
+    done = runs.verb(folder, "predict", "runs/a", str(tmp_path), "--out", str(tmp_path / "out"), "--threshold", "0")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert len(found) == 20 and {r["file_name"] for r in found} == {str(tmp_path / "x0.png"), str(tmp_path / "x1.png")}
+    assert len(list((tmp_path / "out").glob("*.jpg"))) == 2
+
+
+def test_fewer_decoder_layers_are_used_and_said(finished):
+    folder, _ = finished
+    done = runs.verb(folder, "eval", "runs/a", "--decoder-layers", "1")
+    assert done.returncode == 0 and "decoder: 1 of 2 layers" in done.stdout
+    wrong = runs.verb(folder, "eval", "runs/a", "--decoder-layers", "3")
+    assert wrong.returncode == 2 and "give 1 to 2" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["optim.lrr=1"], "did you mean optim.lr?"),
+        (["--recipe", "nothing.yaml"], "no recipe at nothing.yaml"),
+        (["data.format=coco", "data.root=/nowhere"], "/nowhere"),
+        (["batch.size=1", "name=a"], "already holds a run"),
+        (["--resume", "name=fresh"], "no whole checkpoint"),
+        (["precision=fp16", "name=b"], "fp16"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_no_traceback(finished, arguments, words):
+    folder, _ = finished
+    done = runs.verb(folder, "train", *arguments)
+    assert done.returncode == 2
+    assert words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_second_start_does_not_overwrite(finished):
+    folder, _ = finished
+    before = (folder / "runs/a/metrics.jsonl").read_bytes()
+    assert runs.launch(folder, *runs.TINY, "name=a").returncode != 0
+    assert (folder / "runs/a/metrics.jsonl").read_bytes() == before
+    assert json.loads((folder / "runs/a/status.json").read_text())["state"] == "done"
