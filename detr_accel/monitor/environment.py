@@ -69,8 +69,9 @@ class Report:
         lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]
         return "\n".join([*lines, "", *self.notes])
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
+    def to_json(self) -> dict:
+        """The report as plain types."""
+        return asdict(self)
 
 
 def report(check_network: bool = False) -> Report:
