@@ -103,7 +103,7 @@ def _categories(path: Path, records: list) -> dict[int, str]:
         if name is None or str(name).strip() == "":
             raise UserError(f"{where} (id {category_id}) has no name: give it one")
         if category_id in names:
-            raise UserError(f"{where}: id {category_id} is used for {names[category_id]!r} and {name!r}: ids must differ")
+            raise UserError(f"{where}: {names[category_id]!r} and {name!r} share the id {category_id}: ids must differ")
         if str(name) in names.values():
             raise UserError(f"{where}: the name {name!r} is used twice: merge the two categories or rename one")
         names[category_id] = str(name)

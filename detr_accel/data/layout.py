@@ -120,6 +120,13 @@ class Folder:
         for file in sorted(self.files):
             self._by_name.setdefault(file.rpartition("/")[2], []).append(file)
 
+    def has(self, file_name: str) -> bool:
+        """Whether ``find`` finds exactly one file."""
+        try:
+            return self.find(file_name) is not None
+        except UserError:
+            return False
+
     def find(self, file_name: str) -> str | None:
         """The file that a json means, relative to the folder; None when it is not there.
 
@@ -168,7 +175,7 @@ def locate(json_path: Path, file_names: Strings, folders: list[Path]) -> tuple[P
     best, most = None, -1
     for path in folders:
         folder = Folder(path)
-        hits = sum(folder.find(name) is not None for name in probe)
+        hits = sum(folder.has(name) for name in probe)
         if hits > most:
             best, most = folder, hits
         if hits == len(probe):

@@ -19,7 +19,8 @@ from detr_accel.structures import Classes, Sample
 VERSION = 1  # part of the fingerprint: raise it when any pixel or box changes
 _VISIBLE = 0.35  # least share of an object's drawn pixels that others and the border may leave
 _REACH = 1.3  # an object's mask is drawn in a square of this many times its size
-_SIZES = ((0.06, 0.14, 0.30), (0.18, 0.42, 0.45), (0.45, 0.70, 0.25))  # share of the long side: from, to; probability
+_SIZES = ((0.30, 0.06, 0.14), (0.72, 0.18, 0.42), (1.00, 0.45, 0.70))  # cumulated probability; share of the long side
+_NOISE = 10  # amplitude; colours keep as far from 0 and 255, so that adding it needs no clipping
 
 
 def _ring(n: int, inner: float = 1.0) -> np.ndarray:
@@ -127,10 +128,11 @@ def draw(
     Returns:
         uint8 [h, w, 3]; float32 [N, 4] xyxy pixels; int64 [N] labels.
     """
-    image, mood = _background(rng, size_px)
+    picture, mood = _background(rng, size_px)
     empty = rng.random() < empty_fraction
-    _clutter(rng, image, mood)
-    owner = np.full(size_px, -1, np.int16)  # which object each pixel shows
+    _clutter(rng, picture, mood)
+    image = np.array(picture)
+    owner = np.full(size_px, -1, np.int8)  # which object each pixel shows
     labels, drawn = [], []
     for _ in range(0 if empty else int(rng.integers(1, max_objects + 1))):
         label = int(rng.integers(len(CLASSES)))
@@ -141,67 +143,64 @@ def draw(
             _paint(rng, image[where], mask, mood)
             labels.append(label)
             drawn.append((where, full))
-    noise = rng.integers(-10, 11, size=size_px, dtype=np.int16)[..., None]
-    image = np.clip(image + noise, 0, 255).astype(np.uint8)
+    image += rng.integers(0, 2 * _NOISE + 1, size=size_px, dtype=np.uint8)[..., None]
+    image -= _NOISE
     boxes, kept = _visible_boxes(owner, drawn)
     return image, boxes, np.array([labels[i] for i in kept], np.int64)
 
 
-def _background(rng: np.random.Generator, size_px: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """A blurred patchwork around one colour, int16 [h, w, 3], and that colour [3]."""
+def _background(rng: np.random.Generator, size_px: tuple[int, int]) -> tuple[Image.Image, list[int]]:
+    """A blurred patchwork around one colour, and that colour."""
     mood = rng.integers(30, 226, size=3)
     cells = int(rng.integers(2, 7))
-    patch = np.clip(mood + rng.integers(-38, 39, size=(cells, cells, 3)), 0, 255).astype(np.uint8)
-    smooth = Image.fromarray(patch).resize(size_px[::-1], Image.Resampling.BILINEAR)
-    return np.asarray(smooth).astype(np.int16), mood
+    patch = np.clip(mood + rng.integers(-38, 39, size=(cells, cells, 3)), _NOISE, 255 - _NOISE).astype(np.uint8)
+    return Image.fromarray(patch).resize(size_px[::-1], Image.Resampling.BILINEAR), mood.tolist()
 
 
-def _clutter(rng: np.random.Generator, image: np.ndarray, mood: np.ndarray) -> None:
+def _clutter(rng: np.random.Generator, picture: Image.Image, mood: list[int]) -> None:
     """Lines, arcs and crumbs that no label speaks of, beneath the objects."""
-    picture = Image.fromarray(image.astype(np.uint8))
     pen = ImageDraw.Draw(picture)
-    h, w = image.shape[:2]
+    w, h = picture.size
     unit = max(h, w) / 192
     for _ in range(int(rng.integers(2, 9))):
-        x, y, dx, dy = rng.random(4) * (w, h, w / 2, h / 2)
-        colour, width = tuple(_colour(rng, mood, 25).tolist()), max(1, round(unit * rng.integers(1, 4)))
+        x, y, dx, dy = (rng.random(4) * (w, h, w, h)).tolist()
+        colour, width = tuple(_colour(rng, mood, 25)), max(1, round(unit * int(rng.integers(1, 4))))
         match int(rng.integers(3)):
             case 0:
-                pen.line((x, y, x + 2 * dx - w / 2, y + 2 * dy - h / 2), colour, width)
+                pen.line((x, y, x + dx - w / 2, y + dy - h / 2), colour, width)
             case 1:
-                start = rng.integers(0, 360)
-                pen.arc((x - dx / 2, y - dx / 2, x + dx / 2 + 2, y + dx / 2 + 2), start, start + 110, colour, width)
+                start, half = 3.6 * dy / h * 100, dx / 4
+                pen.arc((x - half, y - half, x + half + 2, y + half + 2), start, start + 110, colour, width)
             case _:
-                for cx, cy in (rng.random((6, 2)) - 0.5) * 40 * unit:
+                for cx, cy in ((rng.random((6, 2)) - 0.5) * 40 * unit).tolist():
                     pen.rectangle((x + cx, y + cy, x + cx + 2 * unit, y + cy + 2 * unit), colour)
-    image[:] = np.asarray(picture)
 
 
-def _colour(rng: np.random.Generator, mood: np.ndarray, least: int) -> np.ndarray:
-    """A random colour at least ``least`` away from the background's on average: [3] in 0..255."""
-    for _ in range(8):
-        colour = rng.integers(0, 256, size=3)
-        if np.abs(colour - mood).mean() >= least:
+def _colour(rng: np.random.Generator, mood: list[int], least: int) -> list[int]:
+    """A random colour at least ``least`` away from the background's on average."""
+    for colour in rng.integers(_NOISE, 256 - _NOISE, size=(6, 3)).tolist():
+        if sum(abs(a - b) for a, b in zip(colour, mood, strict=True)) >= 3 * least:
             return colour
-    return 255 * (mood < 128)
+    return [255 - _NOISE if channel < 128 else _NOISE for channel in mood]
 
 
 def _place(rng: np.random.Generator, size_px: tuple[int, int], label: int, owner: np.ndarray):
-    """Find a place that hides no earlier object too far; None after four tries.
+    """Find a place that is mostly free; None after a few tries.
 
     Returns:
         the rectangle as slices; the mask inside it, bool; the number of pixels before the border cut it.
     """
-    low, high, _ = _SIZES[int(rng.choice(3, p=[p for *_, p in _SIZES]))]
-    diameter = max(9.0, max(size_px) * rng.uniform(low, high))
-    mask = _mask(rng, label, diameter)
-    side, full = len(mask), int(mask.sum())
-    for _ in range(4):
-        top = int(rng.integers(-side // 5, max(1, size_px[0] - side * 4 // 5)))
-        left = int(rng.integers(-side // 5, max(1, size_px[1] - side * 4 // 5)))
+    lot = rng.random()
+    low, high = next((low, high) for upto, low, high in _SIZES if lot < upto)
+    mask = _mask(rng, label, max(9.0, max(size_px) * rng.uniform(low, high)))
+    side, full = len(mask), np.count_nonzero(mask)
+    for u, v in rng.random((6, 2)).tolist():
+        top = int((size_px[0] - 0.6 * side) * u - 0.2 * side)
+        left = int((size_px[1] - 0.6 * side) * v - 0.2 * side)
         where = (slice(max(0, top), min(size_px[0], top + side)), slice(max(0, left), min(size_px[1], left + side)))
         part = mask[where[0].start - top : where[0].stop - top, where[1].start - left : where[1].stop - left]
-        if part.sum() >= 0.7 * full and (owner[where][part] >= 0).mean() < 0.35:
+        inside = np.count_nonzero(part)
+        if inside >= 0.7 * full and np.count_nonzero(part & (owner[where] >= 0)) < 0.35 * inside:
             return where, part, full
     return None
 
@@ -209,35 +208,33 @@ def _place(rng: np.random.Generator, size_px: tuple[int, int], label: int, owner
 def _mask(rng: np.random.Generator, label: int, diameter: float) -> np.ndarray:
     """The rotated, slightly stretched outline: bool [side, side]."""
     outline, hole = _OUTLINES[CLASSES.names[label]]
-    side = int(math.ceil(diameter * _REACH))
-    angle = rng.uniform(0, 2 * math.pi)
-    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    frame = turn * rng.uniform(0.85, 1.0, size=2) * (diameter / 2)
+    side = math.ceil(diameter * _REACH)
+    angle, stretch_x, stretch_y = (rng.random(3) * (2 * math.pi, 0.15, 0.15) + (0, 0.85, 0.85)).tolist()
+    sin, cos = math.sin(angle) * diameter / 2, math.cos(angle) * diameter / 2
+    frame = np.array([[cos * stretch_x, -sin * stretch_x], [sin * stretch_y, cos * stretch_y]])
     picture = Image.new("L", (side, side))
     pen = ImageDraw.Draw(picture)
     for corners, value in ((outline, 1), (hole, 0)):
         if corners is not None:
-            pen.polygon([tuple(p) for p in (corners @ frame + side / 2).tolist()], fill=value)
-    return np.asarray(picture).astype(bool)
+            pen.polygon((corners @ frame + side / 2).ravel().tolist(), fill=value)
+    return np.asarray(picture).view(bool)
 
 
-def _paint(rng: np.random.Generator, view: np.ndarray, mask: np.ndarray, mood: np.ndarray) -> None:
-    """Fill the mask with one of four textures of two near colours."""
-    first = _colour(rng, mood, 45)
-    second = np.clip(first + rng.integers(-70, 71, size=3), 0, 255)
-    y, x = np.ogrid[: mask.shape[0], : mask.shape[1]]
-    pitch = int(rng.integers(3, 9))
-    match int(rng.integers(4)):
-        case 0:
-            blend = np.zeros(mask.shape)
-        case 1:
-            blend = ((x + y * int(rng.integers(-1, 2))) // pitch % 2).astype(float)
-        case 2:
-            blend = ((x // pitch + y // pitch) % 2).astype(float)
-        case _:
-            blend = (x + y) / (sum(mask.shape))
-    blend = np.broadcast_to(blend, mask.shape)[mask][:, None]
-    view[mask] = (first + blend * (second - first)).astype(np.int16)
+def _paint(rng: np.random.Generator, view: np.ndarray, mask: np.ndarray, mood: list[int]) -> None:
+    """Fill the mask with one of four textures between two near colours."""
+    first = np.array(_colour(rng, mood, 45))
+    second = np.clip(first + rng.integers(-70, 71, size=3), _NOISE, 255 - _NOISE)
+    ramp = np.linspace(first, second, 16).astype(np.uint8)
+    kind, slope, pitch = int(rng.integers(4)), int(rng.integers(-1, 2)), int(rng.integers(3, 9))
+    y, x = np.nonzero(mask)
+    if kind == 0:  # plain
+        view[y, x] = ramp[0]
+    elif kind == 1:  # stripes
+        view[y, x] = ramp[(x + y * slope) // pitch % 2 * 15]
+    elif kind == 2:  # checks
+        view[y, x] = ramp[(x // pitch + y // pitch) % 2 * 15]
+    else:  # gradient
+        view[y, x] = ramp[(x + y) * 16 // sum(mask.shape)]
 
 
 def _visible_boxes(owner: np.ndarray, drawn: list) -> tuple[np.ndarray, list[int]]:
@@ -245,7 +242,7 @@ def _visible_boxes(owner: np.ndarray, drawn: list) -> tuple[np.ndarray, list[int
     boxes, kept = [], []
     for number, ((rows, cols), full) in enumerate(drawn):
         seen = owner[rows, cols] == number
-        if seen.sum() < _VISIBLE * full:
+        if np.count_nonzero(seen) < _VISIBLE * full:
             continue
         ys, xs = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
         boxes.append((cols.start + xs[0], rows.start + ys[0], cols.start + xs[-1] + 1, rows.start + ys[-1] + 1))
