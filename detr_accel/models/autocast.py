@@ -18,3 +18,11 @@ def no_autocast(device: torch.device) -> AbstractContextManager:
 def full_precision(x: Tensor) -> Tensor:
     """float32 at least; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def as_autocast_would(x: Tensor) -> Tensor:
+    """The cast that autocast makes before a convolution, for an autograd function that it cannot see into."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))

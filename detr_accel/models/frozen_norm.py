@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from detr_accel.models.autocast import as_autocast_would
+
 
 class FrozenBatchNorm2d(nn.Module):
     """BatchNorm whose statistics and affine are buffers: weight, bias, running_mean, running_var, each [C].
@@ -72,14 +74,15 @@ class _FoldedConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
-        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
+        wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3)]  # the shift, where the convolution has a bias
         folded = _folded_weight(weight, scale, x.dtype)
-        grad_x, grad_w, _ = torch.ops.aten.convolution_backward(grad, x, folded, None, *ctx.conv, wanted)
+        results = torch.ops.aten.convolution_backward(grad, x, folded, [len(scale)], *ctx.conv, wanted)
+        grad_x, grad_w, grad_shift = results
         if grad_w is not None:
             # written in the parameter's own layout, so that it becomes .grad without another copy
             out = torch.empty_like(weight)
             grad_w = torch.mul(grad_w.to(weight.dtype), scale.view(-1, 1, 1, 1), out=out)
-        return grad_x, grad_w, None, None, None, None, None, None
+        return grad_x, grad_w, None, grad_shift, None, None, None, None
 
 
 class FoldedConv2d(nn.Module):
@@ -102,8 +105,7 @@ class FoldedConv2d(nn.Module):
         scale, shift = self._norm[0].scale_and_shift()
         if self.bias is not None:
             shift = shift + self.bias * scale
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = as_autocast_would(x)
         padding = self.padding
         if self.same:
             x, padding = pad_same(x, self.kernel_size, self.stride, self.dilation), (0, 0)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detr_accel.boxes import cxcywh_to_xyxy, giou
 from detr_accel.models.autocast import full_precision, no_autocast
-from detr_accel.models.matcher import Matcher, Matching
+from detr_accel.models.matcher import Matcher, Matching, to_device
 from detr_accel.structures import Targets
 
 
@@ -55,9 +56,6 @@ class SetCriterion(nn.Module):
         super().__init__()
         self.num_classes, self.num_queries, self.matcher = num_classes, num_queries, matcher
         self.weights, self.eos_coef, self.aux = weights, eos_coef, aux
-        class_weight = torch.ones(num_classes + 1)
-        class_weight[-1] = eos_coef
-        self.register_buffer("class_weight", class_weight, persistent=False)
 
     def count(self, targets: list[Targets]) -> Tensor:
         """What a micro-batch adds to its window: float64 [3] on the CPU: boxes, matched pairs, images."""
@@ -106,15 +104,16 @@ class SetCriterion(nn.Module):
         """logits [L, B*Q, C + 1], boxes [L, B*Q, 4] -> each term [L], divided."""
         wanted = torch.full(logits.shape[:2], self.num_classes, dtype=torch.int64, device=logits.device)
         wanted.scatter_(1, match.query_index, labels[match.target_index])
-        weight = self.class_weight.to(logits.dtype)
-        ce = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), weight, reduction="none")
+        ce = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view(wanted.shape)  # [L, B*Q]
+        # not F.cross_entropy's own class weights: a float32 0.1 there would not be the 0.1 of the denominator
+        ce = ce * torch.full_like(ce, self.eos_coef).masked_fill(wanted != self.num_classes, 1.0)
         placed = boxes.gather(1, match.query_index[..., None].expand(-1, -1, 4))  # [L, M, 4]
         truth = boxes_cxcywh[match.target_index]  # [L, M, 4]
         # M = 0 sums to a zero that still hangs on the graph, so every parameter gets a gradient on every rank
         l1 = (placed - truth).abs().sum((1, 2))
         overlap = giou(cxcywh_to_xyxy(placed), cxcywh_to_xyxy(truth))
         return {
-            "ce": ce.view(wanted.shape).sum(1) / counts["ce"],
+            "ce": ce.sum(1) / counts["ce"],
             "bbox": l1 / counts["num_boxes"],
             "giou": (1 - overlap).sum(1) / counts["num_boxes"],
         }
@@ -135,7 +134,7 @@ class SetCriterion(nn.Module):
         best = logits.argmax(-1)  # [B, Q]
         wrong = best.flatten()[match.query_index[-1]] != labels[match.target_index[-1]]
         found = (best != self.num_classes).sum(1)  # [B]
-        present = torch.tensor(sizes, dtype=found.dtype).to(found.device, non_blocking=True)
+        present = to_device(np.array(sizes), found.device)
         return {
             "class_error": 100 * wrong.sum() / counts["matched"],
             "cardinality_error": (found - present).abs().sum() / counts["images"],

@@ -93,6 +93,8 @@ def assign(cost: np.ndarray, sizes: list[int], num_queries: int, bad: np.ndarray
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """One copy to the device that nobody waits for."""
     tensor = torch.from_numpy(array)
+    if device.type == "cpu":
+        return tensor
     if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -64,7 +64,8 @@ def read_for(name: str, path: str) -> dict[str, Tensor]:
     needed = [k for k in wanted if not k.startswith(head) and not k.endswith("num_batches_tracked")]
     if all(k in state and state[k].shape == wanted[k].shape for k in needed):
         return {k: v for k, v in state.items() if k in wanted and v.shape == wanted[k].shape}
-    by_order = _match_by_order(state, wanted)
+    # a safetensors file is sorted by name: its order says nothing about the model
+    by_order = None if path.endswith(".safetensors") else _match_by_order(state, wanted)
     if by_order is not None:
         _logger.warning(
             "backbone weights %s: the names are not those of timm's %s, but all %d tensors line up with the model's in "
@@ -142,6 +143,6 @@ def _misfit(name: str, path: str, state: dict, wanted: dict, needed: list[str]) 
         wrong = next(k for k in needed if state[k].shape != wanted[k].shape)
         what = f"{wrong} is {tuple(state[wrong].shape)} instead of {tuple(wanted[wrong].shape)}"
     return (
-        f"model.backbone.weights: {path} does not fit backbone {name}: {what}, and its {len(state)} tensors do not "
-        "line up by order either; give the file of this very model"
+        f"model.backbone.weights: {path} does not fit backbone {name}: {what}, and its {len(state)} tensors cannot "
+        "be matched by order either; give the file of this very model"
     )
