@@ -90,11 +90,13 @@ class Data(Section):
     prefetch: Positive = 2
     """Micro-batches that each worker keeps ready."""
     augment: Augment = Augment()
+    """Training geometry."""
     eval_size: Positive = 800
     """Short side at evaluation and prediction, in pixels."""
     eval_max_size: Positive = 1333
     """Upper bound of the long side at evaluation and prediction, in pixels."""
     shapes: Shapes = Shapes()
+    """The procedural data set."""
 
 
 class Backbone(Section):
@@ -120,14 +122,21 @@ class Model(Section):
     """The detector. The defaults are DETR's own."""
 
     name: Literal["detr"] = "detr"
+    """Which detector."""
     backbone: Backbone = Backbone()
+    """The feature extractor."""
     hidden_dim: Annotated[int, Field(ge=8, le=2048)] = 256
     """Width of the transformer; a multiple of num_heads and of 4."""
     num_heads: Positive = 8
+    """Attention heads; hidden_dim is split among them."""
     num_encoder_layers: Annotated[int, Field(ge=0)] = 6
+    """Self-attention layers over the image's features."""
     num_decoder_layers: Positive = 6
+    """Layers in which queries become objects."""
     dim_feedforward: Positive = 2048
+    """Width inside each layer's feed-forward part."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of activations dropped in the transformer while training."""
     num_queries: Positive = 100
     """Most objects that can be found in one image."""
     init_from: str | None = None
@@ -153,15 +162,21 @@ class Loss(Section):
     """Weights of the loss terms and of the matching cost (DETR: 1, 5, 2 for both)."""
 
     ce: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the cross-entropy over all queries."""
     bbox: Annotated[float, Field(ge=0)] = 5.0
+    """Weight of the L1 distance of matched boxes."""
     giou: Annotated[float, Field(ge=0)] = 2.0
+    """Weight of 1 - GIoU of matched boxes."""
     eos_coef: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Weight of the no-object class."""
     aux: bool = True
     """Supervise every decoder layer, not only the last."""
     cost_class: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the class probability in matching."""
     cost_bbox: Annotated[float, Field(ge=0)] = 5.0
+    """Weight of the L1 distance in matching."""
     cost_giou: Annotated[float, Field(ge=0)] = 2.0
+    """Weight of GIoU in matching."""
 
     @model_validator(mode="after")
     def _some_weight(self) -> Loss:
@@ -187,8 +202,11 @@ class Optim(Section):
     lr_backbone: Annotated[float, Field(ge=0)] = 1e-5
     """Learning rate of the backbone; 0 freezes it whole."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    """AdamW's decay, on every parameter."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """AdamW's averaging of gradients and of their squares."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's guard against division by zero."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 0.1
     """Upper bound of the gradient's total L2 norm; null switches it off."""
     clip_value: Annotated[float, Field(gt=0)] | None = None
@@ -213,6 +231,7 @@ class Schedule(Section):
     drop_at: list[Annotated[float, Field(gt=0, lt=1)]] = [0.6667]
     """Fractions of the training at which ``step`` drops (DETR: 200 of 300 epochs, 400 of 500)."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """What ``step`` multiplies by at each drop."""
     min_factor: Fraction = 0.0
     """What cosine leaves of the learning rate at the end."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -247,6 +266,8 @@ class Evaluate(Section):
 
 
 class Checkpoint(Section):
+    """State that a run can go on from."""
+
     every_epochs: Annotated[float, Field(gt=0)] = 1.0
     """How often, in epochs; the end of the training is always saved."""
 
@@ -255,10 +276,15 @@ class Wandb(Section):
     """Weights & Biases. Without an account or key the run is written offline; it never asks and never hangs."""
 
     enabled: bool = True
+    """Write a W&B run."""
     project: str = "detr_accel"
+    """The W&B project."""
     entity: str | None = None
+    """User or team; null takes the account's default."""
     group: str | None = None
+    """Runs of one group are shown together."""
     tags: list[str] = []
+    """Labels to filter by."""
     mode: Literal["auto", "online", "offline"] = "auto"
     """``auto``: online with a key, offline without."""
     upload_weights: bool = False
@@ -269,9 +295,12 @@ class Log(Section):
     every: Positive = 10
     """Windows between two logged rows; the numbers are read from the device only then."""
     wandb: Wandb = Wandb()
+    """Weights & Biases."""
 
 
 class Dist(Section):
+    """Between processes."""
+
     overlap: bool = False
     """Reduce gradients during the last backward of a window (for slow interconnects) instead of after it."""
     timeout_minutes: Annotated[float, Field(gt=0)] = 30.0
@@ -284,6 +313,7 @@ class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
     """The run lives in runs/NAME."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
+    """Of initial weights, sample order, augmentation and dropout."""
     deterministic: bool = False
     """Deterministic kernels everywhere: repeatable bit for bit on one machine, and slower on a GPU."""
     precision: Literal["no", "bf16", "fp16"] | None = None
@@ -291,16 +321,27 @@ class Recipe(Section):
     device: Literal["auto", "cpu"] = "auto"
     """``cpu`` keeps the run off a GPU that is there."""
     data: Data = Data()
+    """Where the images are."""
     model: Model = Model()
+    """The detector."""
     loss: Loss = Loss()
+    """Loss terms and matching."""
     batch: BatchSize = BatchSize()
+    """Images per step."""
     optim: Optim = Optim()
+    """AdamW."""
     schedule: Schedule = Schedule()
+    """Length and learning rate."""
     ema: Ema = Ema()
+    """Averaged weights."""
     evaluate: Evaluate = Evaluate()
+    """Metrics."""
     checkpoint: Checkpoint = Checkpoint()
+    """Saving."""
     log: Log = Log()
+    """Reporting."""
     dist: Dist = Dist()
+    """Several processes."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Recipe:

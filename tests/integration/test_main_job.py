@@ -88,7 +88,7 @@ def test_eval_says_the_same_as_the_training(finished):
     said = json.loads(done.stdout)
     trained = [r for r in runs.rows(folder / "runs/a/metrics.jsonl") if "val/AP" in r]
     best = max(trained, key=lambda r: r["val/AP"])
-    assert said["values"]["AR100"] == pytest.approx(best["val/AR100"], abs=1e-12)
+    assert said["AR100"] == pytest.approx(best["val/AR100"], abs=1e-12)
     assert "weights: ema" in said["notes"][0]
 
 

@@ -1,0 +1,103 @@
+import json
+
+import pytest
+
+from detr_accel import models, recipe
+from detr_accel.structures import UserError
+
+SHIPPED = sorted(recipe.folder().glob("*.yaml"))
+
+
+def write(tmp_path, text):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    return path
+
+
+def refusal(path, *overrides) -> str:
+    with pytest.raises(UserError) as caught:
+        recipe.load(path, overrides)
+    return str(caught.value)
+
+
+def test_a_number_in_scientific_notation_is_a_number(tmp_path):
+    path = write(tmp_path, "data: {format: shapes}\noptim: {lr: 1e-4}\nprecision: no\n")
+    loaded = recipe.load(path, ["optim.lr_backbone=1e-5", "schedule.epochs=3"])
+    assert (loaded.optim.lr, loaded.optim.lr_backbone, loaded.schedule.epochs) == (1e-4, 1e-5, 3.0)
+    assert loaded.precision == "no", "YAML 1.1 would read false"
+
+
+def test_all_mistakes_are_told_at_once_each_with_its_line(tmp_path):
+    path = write(tmp_path, "data: {format: shapes}\noptim:\n  lrr: 1\n  clip_norm: -1\nbatch:\n  micro: true\nmodle: {}\n")
+    said = refusal(path, "schedule.kind=stepp").splitlines()
+    assert len(said) == 5
+    text = "\n".join(said)
+    assert f"{path}, line 3: optim.lrr: no such key; did you mean optim.lr?" in text
+    assert f"{path}, line 4: optim.clip_norm: -1 is refused: it should be greater than 0" in text
+    assert f"{path}, line 6: batch.micro: true is refused: it should be a valid integer" in text
+    assert f"{path}, line 7: modle: no such key; did you mean model?" in text
+    assert "command line: schedule.kind: \"stepp\" is refused: it should be 'step', 'cosine' or 'constant'" in text
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("optim: {clip_value: 1.0}", "clip_norm or clip_value, not both"),
+        ("model: {hidden_dim: 100}", "multiple of num_heads"),
+        ("model: {backbone: {weights: none, norm: frozen}}", "destroy the signal"),
+        ("data: {format: coco}", "data.root is not set"),
+        ("data: {format: shapes, augment: {crop_size: [600, 384]}}", "600 > 384"),
+        ("loss: {cost_class: 0, cost_bbox: 0, cost_giou: 0}", "nothing would decide the matching"),
+        ("name: a/b", "name"),
+        ("- a\n- b", "mapping"),
+        ("a: [1", "not valid YAML"),
+        ("batch: 8", "batch: 8 is refused"),
+    ],
+)
+def test_impossible_values_are_refused_in_words(tmp_path, text, words):
+    text = text if "data:" in text or text[0] in "-a" else f"{text}\ndata: {{format: shapes}}"
+    assert words in refusal(write(tmp_path, text))
+
+
+def test_the_same_key_twice_is_refused(tmp_path):
+    assert "line 2" in refusal(write(tmp_path, "seed: 1\nseed: 2\n"))
+
+
+@pytest.mark.parametrize("override", ["optim.lr", "=3", "lr 3"])
+def test_an_override_without_key_and_value_is_refused(tmp_path, override):
+    path = write(tmp_path, "data: {format: shapes}\n")
+    assert "write key=value" in refusal(path, override)
+
+
+def test_overriding_a_section_keeps_its_other_keys(tmp_path):
+    path = write(tmp_path, "data: {format: shapes, workers: 7}\n")
+    assert recipe.load(path, ["data={prefetch: 5}"]).data.workers == 7
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_every_shipped_recipe_loads_survives_a_round_trip_and_builds(path):
+    loaded = recipe.load(path, [] if "shapes" in path.name else ["data.root=/data"])
+    assert recipe.loads(recipe.dumps(loaded)) == loaded
+    model = models.build(loaded, 91, device="meta", load_weights=False)
+    assert all(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_every_shipped_recipe_has_an_honest_header(path):
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    text = "\n".join(head)
+    assert recipe.headline(path).endswith(".") and len(recipe.headline(path)) > 30
+    for word in ("accelerate launch", "Expected", "Batch:", "easured" if path.stem != "detr_finetune" else "measured"):
+        assert word in text, word
+
+
+def test_the_schema_in_the_recipes_folder_is_current():
+    path = recipe.folder() / "schema.json"
+    assert path.read_text() == recipe.schema(), "run: detr-accel recipes --schema recipes/schema.json"
+
+
+def test_every_knob_says_what_it_means():
+    schema = json.loads(recipe.schema())
+    sections = {"Recipe": schema, **schema["$defs"]}
+    silent = [f"{s}.{k}" for s, body in sections.items() for k, p in body["properties"].items() if "description" not in p]
+    assert silent == []
