@@ -54,6 +54,8 @@ def read(path: str | Path, *, dc5: bool | None = None, num_heads: int | None = N
     path = Path(path)
     if path.is_file() and path.name == weights.MODEL and any((path.parent / n).exists() for n in _DESCRIBED_BY):
         path = path.parent
+    if not path.exists() and hub.is_hub_id(str(path)):
+        raise UserError(f"nothing at {path}; if it is on the Hub, run `detr-accel fetch {path} --out FOLDER` first")
     if path.is_file():
         loaded = _read_file(path, dc5, num_heads)
     elif (path / "config.json").is_file() and not (path / weights.RECIPE).exists():

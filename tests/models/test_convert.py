@@ -447,6 +447,11 @@ def test_a_path_that_is_begun_here_is_no_hub_id(tmp_path, monkeypatch):
         convert.init_from(tiny_model(3), NEW, "runs/absent")
 
 
+def test_reading_a_hub_id_says_how_to_fetch_it():
+    with pytest.raises(UserError, match="nothing at someone/detr; .*detr-accel fetch someone/detr --out FOLDER"):
+        convert.read("someone/detr")
+
+
 @pytest.mark.network
 @pytest.mark.parametrize("hub_id, keys", [("facebook/detr-resnet-50", 458), ("facebook/detr-resnet-101-dc5", 713)])
 def test_published_detectors_are_fetched_and_read(hub_id, keys):
