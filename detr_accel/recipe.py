@@ -244,6 +244,7 @@ class Ema(Section):
     enabled: bool = False
     """When on, both weights are kept, and evaluation uses the average."""
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.9998
+    """How much of the average stays at each step."""
     warmup_steps: Positive = 2000
     """The decay in force after t steps is decay * (1 - exp(-t / warmup_steps))."""
 
@@ -329,7 +330,7 @@ class Recipe(Section):
     batch: BatchSize = BatchSize()
     """Images per step."""
     optim: Optim = Optim()
-    """AdamW."""
+    """The optimizer."""
     schedule: Schedule = Schedule()
     """Length and learning rate."""
     ema: Ema = Ema()

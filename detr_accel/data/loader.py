@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
+import weakref
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from detr_accel.data.collate import make_batch
 from detr_accel.data.sampler import Task, TrainTasks
 from detr_accel.data.source import Source
 from detr_accel.structures import Batch, UserError
+
+_MOST_LIKELY = (
+    "most often for lack of memory or shared memory: lower data.workers, data.prefetch or batch.micro (in a container, "
+    "give more with --shm-size)"
+)
+_GRACE_SECONDS = 30
 
 
 class _Tasks(Dataset):
@@ -22,15 +30,45 @@ class _Tasks(Dataset):
 
     def __getitem__(self, task: Task) -> Batch | UserError:
         try:
-            return make_batch(self.source, task, self.mean, self.std)
+            batch = make_batch(self.source, task, self.mean, self.std)
+            if get_worker_info() is not None:
+                # The move is due anyway; left to the queue's own thread, a full /dev/shm would be an endless wait.
+                batch.images.share_memory_()
+                batch.mask.share_memory_()
+            return batch
         except UserError as error:
             return error
+        except MemoryError:
+            return UserError(f"a loader process ran out of memory, {_MOST_LIKELY}")
+        except RuntimeError as error:
+            if "shared memory" not in str(error) and "No space left" not in str(error):
+                raise
+            return UserError(f"a loader process found no room in shared memory, {_MOST_LIKELY}")
 
 
 def _start_worker(_: int) -> None:
+    """Terminals and schedulers send stop requests to the whole group. The training process answers: it finishes its
+    window, for which it needs the workers, and ends them. A worker told to end and then forgotten ends by itself."""
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group by terminals and schedulers: the training
-        signal.signal(number, signal.SIG_IGN)  # process answers, and ends its workers when it is done
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
+
+
+_open_streams: weakref.WeakSet = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Before multiprocessing's own exit handler, which ends children by SIGTERM and waits for them."""
+    for stream in list(_open_streams):
+        _close(stream)
+
+
+def _close(stream: Iterator) -> None:
+    stop = getattr(stream, "_shutdown_workers", None)  # absent without workers; what the iterator's __del__ calls
+    if stop is not None:
+        stop()
 
 
 def batches(
@@ -65,6 +103,7 @@ def batches(
         generator=torch.Generator(),  # otherwise the loader's base seed is drawn from, and moves, the global generator
     )
     stream = iter(loader)
+    _open_streams.add(stream)
     try:
         for batch in stream:
             if isinstance(batch, UserError):
@@ -73,9 +112,7 @@ def batches(
     except RuntimeError as error:
         raise worker_death(error) or error from None
     finally:
-        stop = getattr(stream, "_shutdown_workers", None)  # also runs when the iterator dies; here it is not left to gc
-        if stop is not None:
-            stop()
+        _close(stream)  # not left to garbage collection: a traceback may hold the iterator
 
 
 def worker_death(error: RuntimeError) -> UserError | None:
@@ -86,10 +123,7 @@ def worker_death(error: RuntimeError) -> UserError | None:
     text = str(error)
     if "DataLoader worker" not in text or not ("killed by signal" in text or "exited unexpectedly" in text):
         return None
-    return UserError(
-        f"a loader process was ended from outside ({text.split('. ')[0].strip()}), most often for lack of memory or "
-        "shared memory: lower data.workers, data.prefetch or batch.micro (in a container, give more with --shm-size)"
-    )
+    return UserError(f"a loader process was ended from outside ({text.split('. ')[0].strip()}), {_MOST_LIKELY}")
 
 
 def windows(stream: Iterator[Batch], tasks: TrainTasks) -> Iterator[list[Batch]]:

@@ -1,7 +1,9 @@
 """Real launches of a tiny script: each wrong one stops with the sentence, each right one runs as asked."""
 
+import contextlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -42,20 +44,25 @@ def start(tmp_path):
     """Run a command in a folder with tiny.py; returns (exit code, its RUN and REFUSED lines)."""
     (tmp_path / "tiny.py").write_text(SCRIPT)
 
-    def run(command: str, *, default_config: str | None = None, **env: str) -> tuple[int, list[str]]:
+    def run(command: str, *, default_config: str | None = None) -> tuple[int, list[str]]:
         if default_config is not None:
             folder = tmp_path / "home" / "accelerate"
             folder.mkdir(parents=True)
             (folder / "default_config.yaml").write_text(default_config)
         paths = {"PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
         clean = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_") and k != "OMP_NUM_THREADS"}
-        done = subprocess.run(
-            ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=120,
-            env=clean | paths | {"HF_HOME": str(tmp_path / "home")} | env,
+        process = subprocess.Popen(
+            ["bash", "-c", command], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=clean | paths | {"HF_HOME": str(tmp_path / "home")}, start_new_session=True,
         )  # fmt: skip
-        lines = [line for line in done.stdout.splitlines() if line.startswith(("RUN", "REFUSED"))]
-        assert lines or done.returncode, done.stderr
-        return done.returncode, sorted(set(lines))
+        try:
+            out, err = process.communicate(timeout=200)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # a launcher that hangs leaves no children behind
+        lines = [line for line in out.splitlines() if line.startswith(("RUN", "REFUSED"))]
+        assert lines, err[-3000:]
+        return process.returncode, sorted(set(lines))
 
     return run
 
@@ -93,7 +100,7 @@ def test_the_config_takes_num_processes_alone(start):
 
 
 def test_torchrun_with_the_cpu_in_the_recipe(start):
-    code, lines = start("torchrun --nproc_per_node 2 --master_port 0 tiny.py device=cpu")
+    code, lines = start("torchrun --standalone --nproc_per_node 2 tiny.py device=cpu")
     assert code == 0 and two_ranks(lines)
 
 
