@@ -1,13 +1,12 @@
 """Real launches of a tiny script: each wrong one stops with the sentence, each right one runs as asked."""
 
-import contextlib
 import os
 import shlex
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -53,13 +52,14 @@ def start(tmp_path):
         clean = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_") and k != "OMP_NUM_THREADS"}
         process = subprocess.Popen(
             ["bash", "-c", command], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=clean | paths | {"HF_HOME": str(tmp_path / "home")}, start_new_session=True,
+            env=clean | paths | {"HF_HOME": str(tmp_path / "home")},
         )  # fmt: skip
         try:
             out, err = process.communicate(timeout=200)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # a launcher that hangs leaves no children behind
+        except subprocess.TimeoutExpired:  # a launcher that hangs leaves no children behind
+            for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+                child.kill()
+            raise
         lines = [line for line in out.splitlines() if line.startswith(("RUN", "REFUSED"))]
         assert lines, err[-3000:]
         return process.returncode, sorted(set(lines))
@@ -119,7 +119,7 @@ def test_cpu_with_two_processes_starts_one_and_stops_with_the_command_that_start
     assert "2 processes were asked for and 1 started" in sentence
     remedy = "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 tiny.py precision=no"
     assert sentence.endswith(remedy)
-    code, lines = start(remedy.replace("launch", "launch --main_process_port 0"))
+    code, lines = start(remedy.replace("accelerate launch", f"{LAUNCH} --main_process_port 0"))
     assert code == 0 and two_ranks(lines)
 
 
