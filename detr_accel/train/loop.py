@@ -236,13 +236,15 @@ def batch_arithmetic(recipe: Recipe, num_ranks: int, num_images: int) -> str:
             f"batch.size to at least {num_ranks} or launch with --num_processes {size}"
         )
     parts = shares(size, num_ranks)
+    processes = f"{num_ranks} process{'es' * (num_ranks > 1)}"
     if len(set(parts)) == 1 and parts[0] % micro == 0:
-        cut = f"{num_ranks} process{'es' * (num_ranks > 1)} x {parts[0] // micro} micro-batches x {micro} images"
+        times = parts[0] // micro
+        cut = f"{processes} x {times} micro-batch{'es' * (times > 1)} x {micro} image{'s' * (micro > 1)}"
     else:
-        cut = f"{num_ranks} process{'es' * (num_ranks > 1)} with {', '.join(map(str, parts))}, in micro-batches of at most {micro}"
+        cut = f"{processes} with {', '.join(map(str, parts))}, in micro-batches of at most {micro}"
     windows = data.windows_per_epoch(num_images, size)
     last = num_images - (windows - 1) * size
-    tail = f", the last with {last} images" if last != size else ""
+    tail = f", the last with {last} image{'s' * (last > 1)}" if last != size else ""
     return f"batch: {size} images per step = {cut}; {num_images} images = {windows} steps per epoch{tail}"
 
 

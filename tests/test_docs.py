@@ -1,0 +1,108 @@
+"""The commands of the README and of docs/own-data.md, run one after the other as they stand.
+
+Each line of a ```sh block is either run here or listed below with the reason why it is not. Training commands get a tiny
+detector and data set appended, because the test has seconds where a person has hours.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from detr_accel.data.shapes import ShapesSource
+
+_spec = importlib.util.spec_from_file_location("runs", Path(__file__).parent / "integration" / "runs.py")
+runs = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(runs)
+ROOT = runs.ROOT
+
+NOT_RUN = {
+    "make train": "installs the whole environment; .ci/run does",
+    "make test": "this is it",
+    "source .venv/bin/activate": "the environment of this test is another",
+    "data.root=/data/coco": "COCO is not here; the same command runs with other data below",
+    "detr-r101-2c7b67e5.pth": "the released weights need the network; tests/models/test_convert.py holds the conversion",
+    "detr-accel fetch": "needs the network; its refusal without one is tested in tests/models/test_convert.py",
+}
+SMALL = [a for a in runs.TINY if not a.startswith(("data.shapes", "ema"))] + [
+    "model.init_from=null", "model.backbone.name=resnet18", "model.backbone.weights=none", "data.augment.max_size=96", "data.eval_max_size=96",
+    "data.augment.crop=0", "schedule.steps=2", "schedule.warmup_steps=0",
+]  # fmt: skip
+
+
+def commands(path: Path) -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", path.read_text(), re.DOTALL)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line]
+
+
+def coco_folder(folder: Path, num_train: int = 9, num_val: int = 4) -> None:
+    """A small COCO folder of shapes, written as files."""
+    (folder / "annotations").mkdir(parents=True)
+    for split, number in (("train", num_train), ("val", num_val)):
+        source = ShapesSource(1, split, number, 64)
+        truth = source.ground_truth()
+        (folder / split).mkdir()
+        for i, record in enumerate(truth["images"]):
+            record["file_name"] = f"{i}.jpg"
+            Image.fromarray(source.sample(i).image).save(folder / split / record["file_name"])
+        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(truth))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A copy of the checkout's top level, with the data sets that the texts speak of."""
+    folder = tmp_path_factory.mktemp("docs")
+    for name in ("train.py", "accelerate_config.yaml", "recipes"):
+        source = ROOT / name
+        shutil.copytree(source, folder / name) if source.is_dir() else shutil.copy(source, folder / name)
+    coco_folder(folder / "mine")
+    coco_folder(folder / "other-folder")
+    shutil.copytree(folder / "mine" / "val", folder / "photos")
+    bin_folder = folder / "bin"
+    bin_folder.mkdir()
+    for name, module in (("accelerate", "accelerate.commands.accelerate_cli"), ("detr-accel", "detr_accel.cli")):
+        script = bin_folder / name
+        script.write_text(f"#!/bin/sh\nexec '{sys.executable}' -m {module} \"$@\"\n")
+        script.chmod(0o755)
+    return folder
+
+
+def run(place: Path, command: str) -> None:
+    if "train.py" in command:
+        command += " " + " ".join(f"'{a}'" for a in SMALL)
+    env = {
+        **os.environ, "PATH": f"{place / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true", "MASTER_PORT": "0",
+    }  # fmt: skip
+    done = subprocess.run(["bash", "-c", command], cwd=place, env=env, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["README.md", "docs/own-data.md"])
+def test_the_commands_run_as_they_stand(place, name):
+    found = commands(ROOT / name)
+    assert len(found) >= 4
+    for command in found:
+        if not any(part in command for part in NOT_RUN):
+            run(place, command)
+
+
+def test_every_reason_not_to_run_belongs_to_a_command():
+    found = commands(ROOT / "README.md") + commands(ROOT / "docs/own-data.md")
+    assert [part for part in NOT_RUN if not any(part in command for command in found)] == []
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        if "://" not in target:
+            assert (path.parent / target).exists(), target
