@@ -137,8 +137,9 @@ def test_functions_are_short():
 
 
 def test_files_are_readable_in_one_sitting():
-    lengths = {str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines()) for p in FILES}
-    assert {name: n for name, n in lengths.items() if n > 500} == {}
+    lengths = {p: len(p.read_text(encoding="utf-8").splitlines()) for p in FILES}
+    # recipe.py is a list of knobs with their meanings: looked up, not read through
+    assert [p for p, n in lengths.items() if n > (700 if p.name == "recipe.py" else 450)] == []
 
 
 def test_ruff_is_content():
