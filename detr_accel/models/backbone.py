@@ -128,16 +128,22 @@ def _freeze_parts(body: nn.Module, num_parts: int) -> None:
     if num_parts == 0:
         return
     modules = [(name.removeprefix("model.").replace(".", "_"), m) for name, m in body.named_modules() if name]
-    ends = _part_ends([n for n, _ in modules], body.feature_info.info)
-    frozen = modules if num_parts > len(ends) else modules[: ends[num_parts - 1]]
-    for _, module in frozen:
-        if any(True for _ in module.children()) and module is not frozen[-1][1]:
-            direct = module.parameters(recurse=False)  # children follow in the list, or belong to a later part
-        else:
-            direct = module.parameters()
-        for parameter in direct:
+    aliases = _STAGE_ALIASES.get(type(body).__name__, {})
+    stages = [{**s, "module": aliases.get(s["module"], s["module"])} for s in body.feature_info.info]
+    ends = _part_ends([n for n, _ in modules], stages)
+    if not all(ends[:num_parts]):
+        raise UserError(
+            f"model.backbone.frozen_stages: {num_parts} parts of {type(body).__name__} cannot be told apart; use 0"
+        )
+    for _, module in modules if num_parts > len(ends) else modules[: ends[num_parts - 1]]:
+        for parameter in module.parameters(recurse=False):  # children follow in the list, or belong to a later part
             parameter.requires_grad_(False)
     _freeze_norms_without_grad(body)
+
+
+_STAGE_ALIASES = {  # where timm lists a feature under no module's name: class -> listed name -> last module of the part
+    "HighResolutionNetFeatures": {"stem": "act2", "stage1": "layer1"},
+}
 
 
 def _part_ends(names: list[str], stages: list[dict]) -> list[int]:

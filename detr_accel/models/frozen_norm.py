@@ -160,20 +160,20 @@ class _CountUses(TorchFunctionMode):
 
 
 def _observe_pairs(body: nn.Module, input_size: int) -> list[tuple[nn.Conv2d, FrozenBatchNorm2d]]:
-    outputs: dict[int, list] = {}  # id of a convolution's output -> [convolution, output (kept: ids are reused)]
+    outputs: dict[int, tuple] = {}  # id of an output -> its convolution, and the output itself: ids are reused
     runs: dict[nn.Module, int] = {}
-    fed: list[tuple[int, FrozenBatchNorm2d]] = []
-
+    fed: list[tuple[int, nn.Conv2d, FrozenBatchNorm2d]] = []
     mode = _CountUses()
 
     def after_conv(conv, _, output):
         runs[conv] = runs.get(conv, 0) + 1
-        outputs[id(output)] = [conv, output]
+        outputs[id(output)] = (conv, output)
         mode.uses[id(output)] = 0  # an earlier tensor, freed by now, may have had this id
 
     def before_norm(norm, inputs):
         runs[norm] = runs.get(norm, 0) + 1
-        fed.append((id(inputs[0]), norm))
+        if id(inputs[0]) in outputs:
+            fed.append((id(inputs[0]), outputs[id(inputs[0])][0], norm))
 
     handles = [m.register_forward_hook(after_conv) for m in body.modules() if _foldable(m)]
     handles += [m.register_forward_pre_hook(before_norm) for m in body.modules() if isinstance(m, FrozenBatchNorm2d)]
@@ -187,11 +187,7 @@ def _observe_pairs(body: nn.Module, input_size: int) -> list[tuple[nn.Conv2d, Fr
         body.train(was_training)
         for handle in handles:
             handle.remove()
-    return [
-        (outputs[tensor][0], norm)
-        for tensor, norm in fed
-        if tensor in outputs and runs[norm] == runs[outputs[tensor][0]] == mode.uses.get(tensor) == 1
-    ]
+    return [(conv, norm) for tensor, conv, norm in fed if runs[norm] == runs[conv] == mode.uses[tensor] == 1]
 
 
 def _foldable(module: nn.Module) -> bool:

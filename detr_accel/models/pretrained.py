@@ -92,7 +92,7 @@ def _read(path: str) -> dict[str, Tensor]:
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:160]
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0][:160]
         raise UserError(f"model.backbone.weights: {path} is no file of plain tensors ({reason})") from None
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
