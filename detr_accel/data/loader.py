@@ -6,6 +6,7 @@ import atexit
 import signal
 import weakref
 from collections.abc import Iterable, Iterator
+from multiprocessing import connection
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -109,8 +110,8 @@ def batches(
             if isinstance(batch, UserError):
                 raise batch
             yield batch
-    except RuntimeError as error:
-        raise worker_death(error) or error from None
+    except (RuntimeError, OSError, EOFError) as error:  # the latter two: it died while a batch changed hands
+        raise worker_death(error) or _found_dead(stream) or error from None
     finally:
         _close(stream)  # not left to garbage collection: a traceback may hold the iterator
 
@@ -123,7 +124,20 @@ def worker_death(error: RuntimeError) -> UserError | None:
     text = str(error)
     if "DataLoader worker" not in text or not ("killed by signal" in text or "exited unexpectedly" in text):
         return None
-    return UserError(f"a loader process was ended from outside ({text.split('. ')[0].strip()}), {_MOST_LIKELY}")
+    return _death(text.split(". ")[0].strip())
+
+
+def _found_dead(stream: Iterator) -> UserError | None:
+    workers = {worker.sentinel: worker for worker in getattr(stream, "_workers", [])}
+    gone = [workers[sentinel] for sentinel in connection.wait(list(workers), timeout=1)]
+    for worker in gone:
+        worker.join(1)  # its connections close a little before its exit code is known
+    dead = [worker.exitcode for worker in gone if worker.exitcode not in (None, 0)]
+    return _death(f"exit code {dead[0]}, where -9 is SIGKILL") if dead else None
+
+
+def _death(how: str) -> UserError:
+    return UserError(f"a loader process was ended from outside ({how}), {_MOST_LIKELY}")
 
 
 def windows(stream: Iterator[Batch], tasks: TrainTasks) -> Iterator[list[Batch]]:
