@@ -107,8 +107,8 @@ class Backbone(Section):
     weights: str = "pretrained"
     """``pretrained`` (timm's, downloaded once), ``none`` (random: needs norm live), or the path of a local file."""
     norm: Literal["auto", "frozen", "live"] = "auto"
-    """``frozen``: BatchNorm keeps the pretrained statistics, as DETR does. ``live``: it trains. ``auto``: frozen exactly
-    when the weights are pretrained; frozen statistics on random weights are refused."""
+    """``frozen``: BatchNorm keeps the pretrained statistics, as DETR does. ``live``: it trains. ``auto``: frozen
+    exactly when the weights are pretrained; frozen statistics on random weights are refused."""
     frozen_stages: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """How many parts, counted from the stem, do not train: 0 none, 1 stem, 2 stem and first stage (DETR). ``auto``: 2
     with pretrained weights, 0 with random ones."""
@@ -140,8 +140,8 @@ class Model(Section):
     num_queries: Positive = 100
     """Most objects that can be found in one image."""
     init_from: str | None = None
-    """Start from a trained detector: a run, a checkpoint or a converted folder, a .pth or .safetensors file, or a hub id
-    such as ``facebook/detr-resnet-101``. Takes the place of backbone.weights."""
+    """Start from a trained detector: a run, a checkpoint or a converted folder, a .pth or .safetensors file, or a hub
+    id such as ``facebook/detr-resnet-101``. Takes the place of backbone.weights."""
     init_head: Literal["match", "keep", "reset"] = "match"
     """What happens to the class head of init_from: ``match`` takes the rows whose class names are in the data set,
     ``keep`` takes it whole (class tables must be equal), ``reset`` starts it anew."""
@@ -351,8 +351,8 @@ class Recipe(Section):
             raise ValueError("data.root is not set: give the folder of the data set, for example data.root=/data/coco")
         if backbone.weights == "none" and self.model.init_from is None and backbone.norm == "frozen":
             raise ValueError(
-                "model.backbone.norm is frozen while model.backbone.weights is none: frozen statistics on random weights "
-                "destroy the signal; use norm: live (or auto)"
+                "model.backbone.norm is frozen while model.backbone.weights is none: frozen statistics on random "
+                "weights destroy the signal; use norm: live (or auto)"
             )
         return self
 

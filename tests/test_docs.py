@@ -1,6 +1,6 @@
 """The commands of the README and of docs/own-data.md, run one after the other as they stand.
 
-Each line of a ```sh block is either run here or listed below with the reason why it is not. Training commands get a tiny
+Each line of a ```sh block is either run here or listed below with the reason why not. Training commands get a tiny
 detector and data set appended, because the test has seconds where a person has hours.
 """
 
@@ -28,11 +28,12 @@ NOT_RUN = {
     "make test": "this is it",
     "source .venv/bin/activate": "the environment of this test is another",
     "data.root=/data/coco": "COCO is not here; the same command runs with other data below",
-    "detr-r101-2c7b67e5.pth": "the released weights need the network; tests/models/test_convert.py holds the conversion",
+    "detr-r101-2c7b67e5.pth": "released weights need the network; tests/models/test_convert.py holds the conversion",
     "detr-accel fetch": "needs the network; its refusal without one is tested in tests/models/test_convert.py",
 }
 SMALL = [a for a in runs.TINY if not a.startswith(("data.shapes", "ema"))] + [
-    "model.init_from=null", "model.backbone.name=resnet18", "model.backbone.weights=none", "data.augment.max_size=96", "data.eval_max_size=96",
+    "model.init_from=null", "model.backbone.name=resnet18", "model.backbone.weights=none",
+    "data.augment.max_size=96", "data.eval_max_size=96",
     "data.augment.crop=0", "schedule.steps=2", "schedule.warmup_steps=0",
 ]  # fmt: skip
 

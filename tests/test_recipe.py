@@ -28,7 +28,9 @@ def test_a_number_in_scientific_notation_is_a_number(tmp_path):
 
 
 def test_all_mistakes_are_told_at_once_each_with_its_line(tmp_path):
-    path = write(tmp_path, "data: {format: shapes}\noptim:\n  lrr: 1\n  clip_norm: -1\nbatch:\n  micro: true\nmodle: {}\n")
+    path = write(
+        tmp_path, "data: {format: shapes}\noptim:\n  lrr: 1\n  clip_norm: -1\nbatch:\n  micro: true\nmodle: {}\n"
+    )
     said = refusal(path, "schedule.kind=stepp").splitlines()
     assert len(said) == 5
     text = "\n".join(said)
@@ -99,5 +101,6 @@ def test_the_schema_in_the_recipes_folder_is_current():
 def test_every_knob_says_what_it_means():
     schema = json.loads(recipe.schema())
     sections = {"Recipe": schema, **schema["$defs"]}
-    silent = [f"{s}.{k}" for s, body in sections.items() for k, p in body["properties"].items() if "description" not in p]
+    knobs = [(f"{s}.{k}", p) for s, body in sections.items() for k, p in body["properties"].items()]
+    silent = [name for name, p in knobs if "description" not in p]
     assert silent == []

@@ -9,18 +9,33 @@ from pathlib import Path
 import numpy as np
 
 from detr_accel.data.decode import header_size, read_rgb
-from detr_accel.structures import Classes, Sample
+from detr_accel.structures import Classes, Sample, UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm")
 
 
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    found = sorted(p for p in path.iterdir() if p.suffix.lower() in EXTENSIONS and p.is_file())
+    if not found:
+        raise UserError(f"folder {path} holds no image ({', '.join(EXTENSIONS)}); give files, or another folder")
+    return found
+
+
 class ImageFiles:
-    """Files as a viewer shows them (an EXIF rotation is applied). Image ids are 1, 2, ... in the given order."""
+    """Files as a viewer shows them (an EXIF rotation is applied). Image ids are 1, 2, ... in the given order.
+
+    Args:
+        paths: files, or folders of which every image is taken, by name.
+    Raises:
+        UserError: nothing there, no image in a folder, or a file that is no image.
+    """
 
     classes = Classes((), ())
 
     def __init__(self, paths: Sequence[str | Path]):
-        self.paths = [Path(p) for p in paths]
+        self.paths = [file for path in paths for file in _files(Path(path))]
         self._sizes = [header_size(p, upright=True) for p in self.paths]
 
     def __len__(self) -> int:

@@ -50,7 +50,9 @@ def evaluate_checkpoint(
 def _source(recipe, split: str | None, folder: Path | None):
     if folder is not None:
         return data.eval_source(recipe, folder, "val")
-    if recipe.data.format == "coco" and recipe.data.root is None and recipe.data.val_annotations is None:
-        raise UserError("this checkpoint does not say what it was trained on (it was converted): give --data FOLDER")
+    if recipe.data.root is not None and not Path(recipe.data.root).is_dir():
+        raise UserError(
+            f"there is no folder {recipe.data.root}, where this checkpoint's recipe has its data: give --data FOLDER"
+        )
     splits = data.build(recipe)
     return splits.train if split == "train" else splits.val

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -25,11 +27,12 @@ def reserved_gib(device: torch.device | str) -> float | None:
 
 
 def _peak_resident_bytes() -> int:
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-
+    status = Path("/proc/self/status")
+    if status.exists():  # not getrusage: Linux hands ru_maxrss on to the program that a process starts
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS

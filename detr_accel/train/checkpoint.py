@@ -89,8 +89,8 @@ def save(
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"checkpoint {folder / name} could not be written: {error.strerror}; free space or move the run with --runs, "
-            "then go on with --resume from the checkpoint before it"
+            f"checkpoint {folder / name} could not be written: {error.strerror}; free space or move the run with "
+            "--runs, then go on with --resume from the checkpoint before it"
         ) from error
     _link(folder / "last", name)
     if is_best:

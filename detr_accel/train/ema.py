@@ -12,7 +12,7 @@ from torch import nn
 class Ema:
     """Keeps ``module``, an averaged copy of a model.
 
-    The decay in force after t updates is ``decay * (1 - exp(-t / warmup_steps))``: the first average is the model itself,
+    The decay in force after t updates is ``decay * (1 - exp(-t / warmup_steps))``: the first average is the model,
     and random initial weights are forgotten quickly. Floating-point parameters are averaged; buffers (running
     statistics, frozen norms) are copied.
 

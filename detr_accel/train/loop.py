@@ -1,8 +1,8 @@
 """The training, straight down the page: set up, then one window after another.
 
-Two counters: ``window`` only ever grows (sample order, seeds, the log's axis); ``step`` counts accepted updates (schedule,
-average). Sample order, augmentation and dropout are functions of (seed, epoch, position), so the place in the run is all
-that a resume needs to know about randomness.
+Two counters: ``window`` only ever grows (sample order, seeds, the log's axis); ``step`` counts accepted updates
+(schedule, average). Sample order, augmentation and dropout are functions of (seed, epoch, position), so the place in
+the run is all that a resume needs to know about randomness.
 """
 
 from __future__ import annotations
@@ -185,7 +185,8 @@ def _claim(run: RunFolder, resume: bool) -> None:
     if not resume and any(run.checkpoints.glob("window-*")):
         run.release()
         raise UserError(
-            f"{run.path} already holds a run with checkpoints: go on with --resume, or give this one another name with name=..."
+            f"{run.path} already holds a run with checkpoints: go on with --resume, or give this one another name with "
+            "name=..."
         )
 
 
@@ -267,8 +268,8 @@ def _restore(
         )
     if state.layout["batch_size"] != recipe.batch.size:
         raise UserError(
-            f"batch.size is {recipe.batch.size} but {folder} was trained with {state.layout['batch_size']}: the place in "
-            "the epoch would move; keep it, or start a new run with model.init_from set to this one"
+            f"batch.size is {recipe.batch.size} but {folder} was trained with {state.layout['batch_size']}: the place "
+            "in the epoch would move; keep it, or start a new run with model.init_from set to this one"
         )
     if accelerator.scaler is not None and state.scaler:
         accelerator.scaler.load_state_dict(state.scaler)
@@ -296,9 +297,9 @@ def _refuse_poison(result: WindowResult, accelerator: Accelerator, sinks, source
         names = [source.name(i) for i in range(len(source)) if source.image_id(i) in set(result.bad_images)]
         what = f"matching cost of image {', '.join(names)}"
     text = (
-        f"window {window}: the {what} is not finite (loss {result.losses['loss']:.4g}, gradient norm {result.grad_norm:.4g}); "
-        "nothing was updated. Lower optim.lr (DETR trains at 1e-4), or try precision: no; the last checkpoint is whole, go on "
-        "from it with --resume"
+        f"window {window}: the {what} is not finite (loss {result.losses['loss']:.4g}, gradient norm "
+        f"{result.grad_norm:.4g}); nothing was updated. Lower optim.lr (DETR trains at 1e-4), or try precision: no; "
+        "the last checkpoint is whole, go on from it with --resume"
     )
     sinks.alarm("Non-finite window", text, level="ERROR", window=window)
     raise UserError(text)

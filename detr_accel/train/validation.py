@@ -59,7 +59,7 @@ class Validation:
         self.model.train(was_training)
 
         value = metrics.values[recipe.evaluate.metric]
-        # nan (no ground truth to score against) is never better, but the first evaluation always gives something to load
+        # nan (nothing to score against) is never better, but the first evaluation always gives something to load
         is_best = state.metrics is None or (not math.isnan(value) and (state.best is None or value > state.best))
         state.metrics = {name: None if math.isnan(v) else v for name, v in metrics.values.items()}
         state.threshold = metrics.threshold
@@ -67,7 +67,8 @@ class Validation:
             state.best, state.best_window = (None if math.isnan(value) else value), state.window
         self.sinks.evaluation(
             metrics, window=state.window, step=state.step, epoch=state.window / length.per_epoch,
-            weights="ema" if recipe.ema.enabled else "raw", panel=self._pictures(metrics.kept), classes=self.source.classes,
+            weights="ema" if recipe.ema.enabled else "raw", panel=self._pictures(metrics.kept),
+            classes=self.source.classes,
         )  # fmt: skip
         return is_best
 

@@ -105,7 +105,7 @@ class WindowRunner:
         return self._read(sums, total, bad, bool(flags[1]))
 
     def _micro_batch(self, batch: Batch, counts: dict[str, Tensor], sums: dict[str, Tensor], scale: int) -> list[int]:
-        """Forward, match, loss, backward; adds the detached terms to ``sums``; returns ids of images that did not match."""
+        """Forward, match, loss, backward; adds the detached terms to ``sums``; returns ids of unmatched images."""
         # dropout depends on where the micro-batch stands in the run, not on what was drawn before it
         entropy = (self.seed, batch.epoch, batch.positions[0])
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))

@@ -1,7 +1,7 @@
 """Our DETR against transformers', with the same random weights: outputs, each loss term, every gradient.
 
-In double precision, norm weights and statistics random, queries spread apart, no dropout, padded images, unequal numbers
-of boxes. One process and one batch: there, and only there, its local denominators are ours.
+In double precision, norm weights and statistics random, queries spread apart, no dropout, padded images, unequal
+numbers of boxes. One process and one batch: there, and only there, its local denominators are ours.
 """
 
 import pytest
@@ -64,7 +64,8 @@ def _theirs(ours, name, dc5, width):
         },
         d_model=width, encoder_layers=2, decoder_layers=3, encoder_ffn_dim=48, decoder_ffn_dim=48, num_queries=9,
         encoder_attention_heads=4, decoder_attention_heads=4, dropout=0.0, attention_dropout=0.0,
-        num_labels=NUM_CLASSES, auxiliary_loss=False, eos_coefficient=0.2, bbox_loss_coefficient=3, attn_implementation="eager",
+        num_labels=NUM_CLASSES, auxiliary_loss=False, eos_coefficient=0.2, bbox_loss_coefficient=3,
+        attn_implementation="eager",
     )  # fmt: skip
     module = DetrForObjectDetection(config).double().train()
     with torch.no_grad():
@@ -94,7 +95,7 @@ def _their_outputs_and_loss(theirs, images, mask, targets):
     """Their model, shared norm, heads, matcher and losses on every decoder layer.
 
     Not through config.auxiliary_loss: with it, transformers feeds each layer the *normalised* output of the one
-    before, and normalises the last twice, which is another network than the original (and than its own with that switch off).
+    before, and normalises the last twice, another network than the original (and its own with that switch off).
     """
     layers = []
     handles = [
@@ -159,13 +160,16 @@ def test_detr_equals_transformers(name, dc5, fold):
         _close(layer["pred_boxes"], boxes[i], f"boxes of layer {i}")
     their_losses = {k: v for k, v in terms.items() if k.startswith("loss_")}
     assert set(their_losses) == {k for k in result.losses if k.startswith("loss_")} and len(their_losses) == 9
-    for key, value in (*their_losses.items(), ("cardinality_error", terms["cardinality_error"])):
+    for key, value in their_losses.items():
         _close(result.losses[key], value.detach().double(), key)
+    # theirs averages whole numbers in float32
+    torch.testing.assert_close(result.losses["cardinality_error"].float(), terms["cardinality_error"].float())
     _close(result.total, total, "total")
 
     gradients = keymaps.from_transformers({k: p.grad for k, p in theirs.named_parameters() if p.grad is not None})
     trained = {k: p.grad for k, p in ours.named_parameters() if p.requires_grad}
-    assert set(trained) == set(gradients)
+    frozen = {k for k, p in ours.named_parameters() if not p.requires_grad}  # theirs trains these stages too
+    assert set(trained) | frozen == set(gradients)
     norm = torch.stack([g.norm() for g in gradients.values()]).norm()
     assert norm > 0.1
     for key, value in trained.items():

@@ -18,7 +18,8 @@ def launch(out: Path, processes: int, dtype: str) -> dict:
     command = [sys.executable, "-m", "accelerate.commands.launch", *many, "--main_process_port", "0"]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     config = ["--config_file", str(ROOT / "accelerate_config.yaml"), "--mixed_precision", "no"]
-    done = subprocess.run([*command, *config, str(SCRIPT), str(out), dtype], env=env, capture_output=True, text=True, timeout=240)
+    command = [*command, *config, str(SCRIPT), str(out), dtype]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out, weights_only=False)
 

@@ -7,7 +7,6 @@ import sys
 
 import torch
 
-
 from detr_accel import models
 from detr_accel.recipe import loads
 from detr_accel.structures import Batch, Targets
@@ -36,7 +35,8 @@ def window(kind: str) -> Batch:
     gen = torch.Generator().manual_seed(7)
     targets = []
     for i, n in enumerate(SIZES[kind]):
-        boxes = torch.rand(n, 4, generator=gen) * torch.tensor([0.6, 0.6, 0.3, 0.3]) + torch.tensor([0.2, 0.2, 0.05, 0.05])
+        boxes = torch.rand(n, 4, generator=gen) * torch.tensor([0.6, 0.6, 0.3, 0.3])
+        boxes += torch.tensor([0.2, 0.2, 0.05, 0.05])
         labels = torch.randint(0, 5, (n,), generator=gen)
         targets.append(Targets(i, labels, boxes, (64, 64), (64, 64)))
     num = len(targets)
@@ -47,11 +47,11 @@ def window(kind: str) -> Batch:
 
 
 def cut(batch: Batch, start: int, stop: int) -> Batch:
-    return Batch(batch.images[start:stop], batch.mask[start:stop], batch.targets[start:stop], batch.positions[start:stop])
+    return Batch(*(x[start:stop] for x in (batch.images, batch.mask, batch.targets, batch.positions)))
 
 
 def spread(model: torch.nn.Module) -> None:
-    """Random norms and statistics, and queries far apart, so that no gradient is zero and no assignment is a coin toss."""
+    """Random norms and statistics, queries far apart: no gradient is zero and no assignment is a coin toss."""
     gen = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
