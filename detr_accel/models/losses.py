@@ -21,7 +21,7 @@ class LossResult:
 
     total: Tensor  # scalar with graph: the weighted sum
     losses: dict[str, Tensor]  # name -> detached scalar on the device, unweighted, already divided
-    bad_image: Tensor  # bool [B], on the CPU
+    bad_image: np.ndarray  # bool [B], on the host
 
 
 class SetCriterion(nn.Module):

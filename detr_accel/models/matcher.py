@@ -17,7 +17,7 @@ from detr_accel.boxes import cxcywh_to_xyxy, giou
 class Matching:
     query_index: Tensor  # int64 [L, M], into the B * Q queries
     target_index: Tensor  # int64 [L, M], into the T targets
-    bad_image: Tensor  # bool [B], on the CPU: predictions or cost were not finite
+    bad_image: np.ndarray  # bool [B], on the host: predictions or cost were not finite
 
 
 class Matcher:
@@ -55,7 +55,7 @@ class Matcher:
         bad = ~np.isfinite(host[cost.numel() :])
         pairs = assign(cost_host, sizes, num_queries, bad)
         index = to_device(pairs, device)
-        return Matching(index[0], index[1], torch.from_numpy(bad))
+        return Matching(index[0], index[1], bad)
 
     def _cost(self, logits: Tensor, boxes: Tensor, labels: Tensor, targets: Tensor, image_index: Tensor) -> Tensor:
         probability = logits.softmax(-1)[:, image_index, :, labels].transpose(0, 1)  # [T, L, Q] -> [L, T, Q]

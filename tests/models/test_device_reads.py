@@ -1,47 +1,18 @@
 """A training step waits for the device once: to solve the assignment."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
 from detr_accel import models
 
-
-class CountReads(TorchFunctionMode):
-    """Counts what would make the host wait for a device. On the CPU nothing waits, but the calls are the same."""
-
-    READS = {
-        "item", "cpu", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__", "nonzero",
-        "masked_select", "unique", "equal", "allclose", "is_nonzero", "argwhere", "__contains__", "bincount",
-        "repeat_interleave", "_local_scalar_dense",
-    }  # fmt: skip
-
-    def __init__(self):
-        super().__init__()
-        self.reads = []
-        self.on_host = {}  # results of .cpu(): reading those again costs nothing
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        name = getattr(func, "__name__", str(func))
-        result = func(*args, **(kwargs or {}))
-        if self._is_read(name, args, kwargs or {}):
-            self.reads.append(name)
-        if name == "cpu":
-            self.on_host[id(result)] = result
-        return result
-
-    def _is_read(self, name, args, kwargs):
-        if args and id(args[0]) in self.on_host:
-            return False
-        if name in ("__getitem__", "__setitem__"):
-            index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            return any(isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8) for i in index)
-        if name == "to":
-            return any(str(a) == "cpu" for a in (*args[1:], *kwargs.values()))
-        if name == "where":
-            return len(args) == 1
-        return name in self.READS
-
+_FILE = Path(__file__).parents[2] / "benchmarks" / "device_reads.py"
+_spec = importlib.util.spec_from_file_location("device_reads", _FILE)
+device_reads = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(device_reads)
+CountReads = device_reads.CountReads
 
 def test_the_counter_counts():
     x = torch.arange(4.0)

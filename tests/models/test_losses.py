@@ -104,7 +104,7 @@ def test_poison_reaches_the_loss_and_the_flag(make_recipe, make_batch):
     with torch.no_grad():
         outputs["pred_logits"][1, 3, 2] = float("nan")
     result = _whole(_criterion(make_recipe), outputs, targets)
-    assert result.bad_image.tolist() == [False, True] and result.bad_image.device.type == "cpu"
+    assert result.bad_image.tolist() == [False, True]
     assert not result.total.isfinite()
 
 
