@@ -57,10 +57,10 @@ def coco_folder(folder: Path, num_train: int = 9, num_val: int = 4) -> None:
         (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(truth))
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
+@pytest.fixture
+def place(tmp_path):
     """A copy of the checkout's top level, with the data sets that the texts speak of."""
-    folder = tmp_path_factory.mktemp("docs")
+    folder = tmp_path
     for name in ("train.py", "accelerate_config.yaml", "recipes"):
         source = ROOT / name
         shutil.copytree(source, folder / name) if source.is_dir() else shutil.copy(source, folder / name)

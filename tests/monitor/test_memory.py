@@ -19,5 +19,5 @@ def test_peak_follows_an_allocation_and_stays_after_it():
     done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, check=True)
     before, peak, after = map(float, done.stdout.split())
     assert 0.2 < peak - before < 0.35  # a quarter GiB
-    assert after >= peak
+    assert after > peak - 0.01  # the kernel counts pages in batches per thread
     assert memory.reserved_gib("cpu") is None

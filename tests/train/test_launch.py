@@ -31,7 +31,8 @@ except UserError as error:
 total = accelerator.reduce(torch.ones(1, device=accelerator.device), "sum").item()
 line = f"RUN rank={accelerator.process_index} of={accelerator.num_processes} sum={total:g}"
 line += f" device={accelerator.device.type} precision={accelerator.mixed_precision} threads={torch.get_num_threads()}"
-print(line, flush=True)
+sys.stdout.write(line + "\\n")  # in one piece: two ranks share the pipe
+sys.stdout.flush()
 accelerator.end_training()
 """
 LAUNCH = "accelerate-launch"  # accelerate launch, without importing accelerate's other commands first
