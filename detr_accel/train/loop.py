@@ -98,7 +98,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, run: RunFolder, resume: boo
     groups = models.param_groups(bare)
     optimizer = build_optimizer(
         groups, lr=recipe.optim.lr, lr_backbone=recipe.optim.lr_backbone, weight_decay=recipe.optim.weight_decay,
-        betas=recipe.optim.betas, eps=recipe.optim.eps,
+        betas=recipe.optim.betas, eps=recipe.optim.eps, fused=accelerator.scaler is None,
     )  # fmt: skip
     s = recipe.schedule
     factor = lr_schedule(

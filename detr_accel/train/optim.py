@@ -17,11 +17,14 @@ def build_optimizer(
     weight_decay: float,
     betas: tuple[float, float],
     eps: float,
+    fused: bool = False,
 ) -> torch.optim.AdamW:
     """AdamW over named groups; decay on everything, as DETR does.
 
     Args:
         groups: group name -> named trainable parameters; the group ``backbone`` learns at lr_backbone.
+        fused: one kernel for the whole step, on CPU and GPU: the same update, rounded differently. Not with fp16: the
+            fused step skips an overflow inside the kernel, unseen by Accelerate, which then reports a step taken.
     Returns:
         the optimizer; each of its groups carries ``name`` and ``base_lr``.
     """
@@ -31,7 +34,7 @@ def build_optimizer(
             continue
         base_lr = lr_backbone if name == "backbone" else lr
         rows.append({"params": [p for _, p in parameters], "lr": base_lr, "base_lr": base_lr, "name": name})
-    return torch.optim.AdamW(rows, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    return torch.optim.AdamW(rows, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
 
 
 def lr_schedule(

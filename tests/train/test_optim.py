@@ -17,6 +17,20 @@ def test_backbone_learns_at_its_own_rate_and_empty_groups_vanish():
     assert set_lr(opt, 1.0) == {"backbone": 1e-5, "heads": 1e-4}, "the factor must not compound"
 
 
+def test_the_fused_step_is_the_plain_step():
+    options = {"lr": 1e-3, "lr_backbone": 1e-4, "weight_decay": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8}
+    both = [groups(), groups()]
+    for group, fused in zip(both, (False, True), strict=True):
+        opt = build_optimizer(group, fused=fused, **options)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(5):
+            for _, p in group["backbone"] + group["heads"]:
+                p.grad = torch.randn(p.shape, generator=generator)
+            opt.step()
+    for plain, fused in zip(*(g["backbone"] + g["heads"] for g in both), strict=True):
+        torch.testing.assert_close(fused[1], plain[1], rtol=1e-6, atol=1e-7)
+
+
 def test_step_schedule_drops_once_as_the_original_does():
     factor = lr_schedule("step", 300, drop_at=[0.6667], gamma=0.1)
     assert [factor(s) for s in (0, 199, 200, 299)] == [1.0, 1.0, 0.1, 0.1]
