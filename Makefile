@@ -22,7 +22,7 @@ train: $(STAMP)
 	$(BIN)/accelerate launch --config_file accelerate_config.yaml train.py $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 clean:
 	rm -rf $(VENV) build detr_accel.egg-info
