@@ -5,11 +5,12 @@
 
 A step is what trains: forward, matching, losses, backward, clipping at 0.1, AdamW; batch 2 of 480 x 640, 91 classes, 7
 boxes an image, random weights with frozen norms, dropout 0.1, two threads. The reference runs through its own
-``engine.train_one_epoch``, ours through ``WindowRunner``. Every measurement is a process of its own; the variants take
-turns, ``--rounds`` times: a noisy machine slows all of them. A variant's figure is the median over rounds of the
-median step after one step of warm-up; a ratio is the median over rounds of the ratio within a round. Peak memory is
-the operating system's figure for the process (VmHWM), its share before the first step taken away in ``step_gib``.
-Reads of the device inside AdamW are left out on both sides: its step counters live on the host.
+``engine.train_one_epoch``, ours through ``WindowRunner``. Every variant is a process of its own, all alive at once;
+they take turns, one step each, ``--turns`` times after one step of warm-up, so that a slow minute of a shared machine
+slows all of them. A variant's figure is the median of its steps; a ratio is the median over turns of the ratio within
+a turn.
+Peak memory is the operating system's figure for the process (VmHWM), its share before the first step taken away in
+``step_gib``. Reads of the device inside AdamW are left out on both sides: its step counters live on the host.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def run_ours(checkpointed: list[str], marks) -> None:
     groups = models.param_groups(model)
     o = loaded.optim
     optimizer = build_optimizer(
-        groups, lr=o.lr, lr_backbone=o.lr_backbone, weight_decay=o.weight_decay, betas=o.betas, eps=o.eps
+        groups, lr=o.lr, lr_backbone=o.lr_backbone, weight_decay=o.weight_decay, betas=o.betas, eps=o.eps, fused=True
     )
     names = criterion.loss_names(loaded.model.num_decoder_layers)
     runner = WindowRunner(accelerator, model, criterion, groups, loss_names=names, seed=0)
@@ -127,26 +128,29 @@ def peak_gib() -> float:
     return int(line.split()[1]) / 2**20
 
 
-def measure(variant: str, reference: Path | None, steps: int) -> dict:
-    """One process: times of ``steps`` steps, then the reads of one more."""
+def serve(variant: str, reference: Path | None) -> None:
+    """One process: each line on stdin asks for a step, each line on stdout gives its seconds; ``reads`` asks for the
+    device reads and the memory, and ends."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(2)
     torch.manual_seed(0)
-    stamps: list[float] = []
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever else is printed stays out of the answers
     found: dict = {}
 
     def marks():
         found["start_gib"] = peak_gib()
-        for _ in range(steps + 1):  # one to warm up
-            stamps.append(time.perf_counter())
+        for line in sys.stdin:
+            if line.strip() == "reads":
+                break
+            start = time.perf_counter()
             yield
-        stamps.append(time.perf_counter())
+            print(time.perf_counter() - start, file=answers, flush=True)
         found["peak_gib"] = peak_gib()
         with CountReads(moves=False) as mode:
             found["mode"] = mode
             yield
-        mode = found.pop("mode")
-        found["reads"] = len(mode.reads)
+        found["reads"] = len(found.pop("mode").reads)
+        print(json.dumps(found), file=answers, flush=True)
 
     adamw = torch.optim.AdamW.step
 
@@ -163,8 +167,6 @@ def measure(variant: str, reference: Path | None, steps: int) -> dict:
         run_reference(reference, marks())
     else:
         run_ours(VARIANTS[variant], marks())
-    seconds = [b - a for a, b in zip(stamps, stamps[1:], strict=False)][1:]
-    return {"seconds": statistics.median(seconds), "all_seconds": seconds, **found}
 
 
 def hardware() -> dict:
@@ -176,67 +178,90 @@ def hardware() -> dict:
     }  # fmt: skip
 
 
-def summarise(rounds: list[dict]) -> dict:
+def summarise(seconds: dict[str, list[float]], found: dict[str, dict]) -> dict:
     rows = {}
-    for variant in rounds[0]:
-        mine = [r[variant] for r in rounds]
-        ratios = [r[variant]["seconds"] / r["reference"]["seconds"] for r in rounds] if "reference" in rounds[0] else []
-        memory = statistics.median(m["peak_gib"] for m in mine)
+    for variant, mine in seconds.items():
         rows[variant] = {
-            "seconds": statistics.median(m["seconds"] for m in mine),
-            "spread_seconds": [min(m["seconds"] for m in mine), max(m["seconds"] for m in mine)],
-            "peak_gib": memory,
-            "step_gib": statistics.median(m["peak_gib"] - m["start_gib"] for m in mine),
-            "reads": mine[0]["reads"],
+            "seconds": statistics.median(mine),
+            "spread_seconds": [min(mine), max(mine)],
+            "peak_gib": found[variant]["peak_gib"],
+            "step_gib": found[variant]["peak_gib"] - found[variant]["start_gib"],
+            "reads": found[variant]["reads"],
         }
-        if ratios:
-            base = statistics.median(r["reference"]["peak_gib"] for r in rounds)
+        if "reference" in seconds:
+            ratios = [a / b for a, b in zip(mine, seconds["reference"], strict=True)]
             rows[variant] |= {
                 "time_ratio": statistics.median(ratios),
-                "time_ratios": ratios,
-                "memory_ratio": memory / base,
+                "time_ratios": [min(ratios), max(ratios)],
+                "memory_ratio": rows[variant]["peak_gib"] / found["reference"]["peak_gib"],
+                "step_memory_ratio": rows[variant]["step_gib"]
+                / (found["reference"]["peak_gib"] - found["reference"]["start_gib"]),
             }
     return rows
 
 
 def table(rows: dict) -> str:
-    lines = ["| variant | s/step | time | peak GiB | memory | device reads |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| variant | s/step (range) | time (range) | peak GiB | memory | of the step alone | device reads |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, r in rows.items():
+        low, high = r["spread_seconds"]
+        ratios = "{:.2f}-{:.2f}".format(*r["time_ratios"]) if "time_ratios" in r else "-"
         lines.append(
-            f"| {name} | {r['seconds']:.2f} ({r['spread_seconds'][0]:.2f}-{r['spread_seconds'][1]:.2f}) | "
-            f"{r.get('time_ratio', 1):.2f}x | {r['peak_gib']:.2f} | {r.get('memory_ratio', 1):.2f}x | {r['reads']} |"
+            f"| {name} | {r['seconds']:.2f} ({low:.2f}-{high:.2f}) | {r.get('time_ratio', 1):.2f}x ({ratios}) | "
+            f"{r['peak_gib']:.2f} | {r.get('memory_ratio', 1):.2f}x | {r['step_gib']:.2f} GiB, "
+            f"{r.get('step_memory_ratio', 1):.2f}x | {r['reads']} |"
         )
     return "\n".join(lines)
+
+
+def take_turns(variants: list[str], reference: Path | None, turns: int) -> tuple[dict[str, list[float]], dict]:
+    workers = {}
+    for variant in variants:
+        command = [sys.executable, __file__, "--one", variant]
+        command += ["--reference", str(reference.resolve())] if reference else []
+        workers[variant] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(variant: str, word: str) -> str:
+        worker = workers[variant]
+        try:
+            print(word, file=worker.stdin, flush=True)
+            answer = worker.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        return answer or sys.exit(f"{variant} ended with code {worker.wait()}; its own words are above")
+
+    seconds: dict[str, list[float]] = {v: [] for v in variants}
+    try:
+        for turn in range(turns + 1):  # one to warm up
+            for variant in variants if turn % 2 == 0 else reversed(variants):
+                took = float(ask(variant, "step"))
+                if turn:
+                    seconds[variant].append(took)
+            print(f"turn {turn}: " + ", ".join(f"{v} {s[-1]:.2f} s" for v, s in seconds.items() if s), file=sys.stderr)
+        return seconds, {v: json.loads(ask(v, "reads")) for v in variants}
+    finally:
+        for worker in workers.values():
+            worker.kill()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", type=Path, help="checkout of facebookresearch/detr; left out: ours alone")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4, help="timed steps a process")
+    parser.add_argument("--turns", type=int, default=10, help="timed steps of each variant")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--one", choices=list(VARIANTS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(args.one, args.reference, args.steps)))
+        serve(args.one, args.reference)
         return
     variants = [v for v in VARIANTS if v != "reference" or args.reference]
-    rounds = []
-    for i in range(args.rounds):
-        rounds.append({})
-        for variant in variants if i % 2 == 0 else reversed(variants):
-            command = [sys.executable, __file__, "--one", variant, "--steps", str(args.steps)]
-            command += ["--reference", str(args.reference.resolve())] if args.reference else []
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(f"{variant} failed:\n{done.stderr[-2000:]}")
-            rounds[-1][variant] = json.loads(done.stdout.splitlines()[-1])
-            print(f"round {i + 1}: {variant}: {rounds[-1][variant]['seconds']:.2f} s a step", file=sys.stderr)
-        rounds[-1] = {v: rounds[-1][v] for v in variants}
-    rows = summarise(rounds)
+    seconds, found = take_turns(variants, args.reference, args.turns)
+    rows = summarise(seconds, found)
     print(table(rows))
     if args.out:
-        content = {"command": " ".join(sys.argv), **hardware(), "variants": rows, "rounds": rounds}
+        content = {"command": " ".join(sys.argv), **hardware(), "variants": rows, "seconds": seconds}
         args.out.write_text(json.dumps(content, indent=1) + "\n")
 
 
