@@ -14,7 +14,7 @@ from detr_accel.structures import UserError
 
 def main(argv: list[str] | None = None) -> int:
     """The console script."""
-    args, overrides = _parser().parse_known_args(argv)
+    args, overrides = _parser().parse_known_args(_join_resume(sys.argv[1:] if argv is None else argv))
     return _guard(lambda: args.run(args, _only_overrides(overrides, allowed=args.overrides)))
 
 
@@ -37,6 +37,17 @@ def _guard(action) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _join_resume(argv: list[str]) -> list[str]:
+    """``--resume auto`` is one word to argparse, or ``--resume optim.lr=1e-5`` would lose its override."""
+    joined: list[str] = []
+    for word in argv:
+        if word == "auto" and joined[-1:] == ["--resume=yes"]:
+            joined[-1] = "--resume=auto"
+        else:
+            joined.append("--resume=yes" if word == "--resume" else word)
+    return joined
 
 
 def _only_overrides(rest: list[str], allowed: bool) -> list[str]:
@@ -62,7 +73,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--recipe", default=str(recipes.folder() / "shapes.yaml"), help="YAML file (default: shapes.yaml)")
     p.add_argument("--runs", type=Path, default=Path("runs"), help="folder that holds all runs (default: runs)")
-    p.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint of this run")
+    p.add_argument(
+        "--resume", choices=["yes", "auto"], default=None,
+        help="go on from the last whole checkpoint of this run; auto: start or go on, whichever applies",
+    )  # fmt: skip
+    p.add_argument(
+        "--branch", type=Path, metavar="RUN", help="begin from the last checkpoint of another run, as a run of its own"
+    )
 
     p = verb("eval", _eval, "COCO metrics of a run or checkpoint")
     p.add_argument("model", help="run, checkpoint, model folder, .pth or .safetensors")
@@ -118,7 +135,8 @@ def _model_options(p: argparse.ArgumentParser) -> None:
 def _train(args, overrides) -> int:
     from detr_accel.train.loop import train
 
-    train(recipes.load(args.recipe, overrides), runs=args.runs, resume=args.resume)
+    resume = "auto" if args.resume == "auto" else args.resume == "yes"
+    train(recipes.load(args.recipe, overrides), runs=args.runs, resume=resume, branch=args.branch)
     return 0
 
 

@@ -145,8 +145,9 @@ class Model(Section):
     init_head: Literal["match", "keep", "reset"] = "match"
     """What happens to the class head of init_from: ``match`` takes the rows whose class names are in the data set,
     ``keep`` takes it whole (class tables must be equal), ``reset`` starts it anew."""
-    activation_checkpointing: list[Literal["backbone", "encoder", "decoder"]] = []
-    """Parts that are computed again in backward instead of being kept: less memory, more time."""
+    activation_checkpointing: list[Literal["backbone", "encoder", "decoder"]] | Literal["auto"] = []
+    """Parts that are computed again in backward instead of being kept: less memory, more time. ``auto``: none, unless
+    the worst window that the data can bring does not fit without; then as many as it takes."""
 
     @model_validator(mode="after")
     def _dims_fit(self) -> Model:
@@ -190,8 +191,11 @@ class BatchSize(Section):
 
     size: Positive = 16
     """Images per optimizer step, over all processes. The learning rate belongs to it; it never changes by itself."""
-    micro: Positive = 2
-    """Images per process and forward. Accumulation follows: size / (micro x processes), rounded up."""
+    micro: Positive | Literal["auto"] = 2
+    """Images per process and forward. Accumulation follows: size / (micro x processes), rounded up. ``auto``: as many
+    as fit, found by trying the worst window that the data can bring before the first step; kept on resume."""
+    memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """How much of the memory that is free at the start ``auto`` may plan with."""
 
 
 class Optim(Section):
@@ -271,6 +275,34 @@ class Checkpoint(Section):
 
     every_epochs: Annotated[float, Field(gt=0)] = 1.0
     """How often, in epochs; the end of the training is always saved."""
+    every_steps: Positive | None = None
+    """How often, in windows, beside every_epochs."""
+    every_minutes: Annotated[float, Field(gt=0)] | None = None
+    """How often by the clock, beside the others; checkpoints that come by the clock are no target of a rollback."""
+    keep: Positive = 2
+    """How many of the newest stay on disk; the best one and the target of a rollback stay beside them."""
+
+
+class Health(Section):
+    """What happens to a window whose loss or gradient is not finite."""
+
+    on_nonfinite: Literal["skip", "rollback", "stop"] = "skip"
+    """``skip``: it changes nothing, is counted and alarmed, and the run goes on. ``rollback``: after several of them,
+    back to the last checkpoint with a lower learning rate; the samples go on. ``stop``: the run ends."""
+    strikes: Positive = 3
+    """How many such windows within ``within`` cause a rollback."""
+    within: Positive = 200
+    """Over how many windows strikes are counted."""
+    lr_factor: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """What each rollback multiplies the learning rate by."""
+    give_up_after: Positive = 50
+    """So many such windows in a row end the run, whatever the policy: nothing is learned any more."""
+    overflow_patience: Positive = 50
+    """fp16 overflows in a row that belong to the search for a scale; more of them raise an alarm."""
+    captures: Annotated[int, Field(ge=0)] = 3
+    """How many such windows are kept in captures/ for ``detr-accel replay``: the first ones, which show the cause."""
+    capture_gib: Annotated[float, Field(gt=0)] = 4.0
+    """Most disk space of all captures together, in GiB."""
 
 
 class Wandb(Section):
@@ -339,6 +371,8 @@ class Recipe(Section):
     """Metrics."""
     checkpoint: Checkpoint = Checkpoint()
     """Saving."""
+    health: Health = Health()
+    """Windows that are not finite."""
     log: Log = Log()
     """Reporting."""
     dist: Dist = Dist()
@@ -475,8 +509,20 @@ def _validate(tree: dict, lines: dict[str, str], source: str) -> Recipe:
         # lists in YAML stand for tuples; strict validation through json accepts them and stays strict otherwise
         return Recipe.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
-        rows = list(dict.fromkeys(_explain(e, lines, source) for e in error.errors()))
-        raise UserError("\n".join(rows)) from None
+        raise UserError("\n".join(_rows([_explain(e, lines, source) for e in error.errors()]))) from None
+
+
+def _rows(told: list[str]) -> list[str]:
+    """One row for each refused value: what may be a number or a word is refused once for each."""
+    rows: dict[str, str] = {}
+    for text in told:
+        value, refused, allowed = text.partition(" is refused: it ")
+        known = rows.get(value)
+        if known is None:
+            rows[value] = text
+        elif refused and known != text:
+            rows[value] = f"{known}, or {allowed.removeprefix('should be ')}"
+    return list(rows.values())
 
 
 def _explain(error: Any, lines: dict[str, str], source: str) -> str:

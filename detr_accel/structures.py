@@ -89,6 +89,13 @@ class Batch:
     def __len__(self) -> int:
         return len(self.targets)
 
+    def part(self, start: int, stop: int) -> Batch:
+        """Images start .. stop - 1 on the same canvas."""
+        cut = slice(start, stop)
+        return replace(
+            self, images=self.images[cut], mask=self.mask[cut], targets=self.targets[cut], positions=self.positions[cut]
+        )
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         return replace(
             self,

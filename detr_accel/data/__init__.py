@@ -12,18 +12,18 @@ import torch
 from detr_accel.data import coco_json, layout, loader
 from detr_accel.data import source as seeds
 from detr_accel.data.coco import CocoSource, classes_like, classes_of
-from detr_accel.data.geometry import Augmentation
+from detr_accel.data.geometry import Augmentation, worst_canvas
 from detr_accel.data.images import ImageFiles
 from detr_accel.data.loader import worker_death
-from detr_accel.data.sampler import EvalTasks, TrainTasks, windows_per_epoch
+from detr_accel.data.sampler import EvalTasks, TrainTasks, share, windows_per_epoch
 from detr_accel.data.shapes import ShapesSource
 from detr_accel.data.source import Source
 from detr_accel.recipe import Recipe
 from detr_accel.structures import Batch, Classes, UserError
 
 __all__ = [
-    "ImageFiles", "Source", "Splits", "build", "eval_batches", "eval_source", "train_windows", "windows_per_epoch",
-    "worker_death",
+    "ImageFiles", "Source", "Splits", "build", "eval_batches", "eval_source", "share", "train_windows",
+    "windows_per_epoch", "worker_death", "worst_window",
 ]  # fmt: skip
 
 
@@ -191,16 +191,24 @@ def train_windows(
     Args:
         start_window: windows already trained; any value continues exactly there.
         mean, std: of the model's backbone, three numbers on the 0..1 scale.
-        micro: takes the place of ``batch.micro``.
+        micro: images per micro-batch, where ``batch.micro`` leaves it open.
     Raises:
         UserError: from ``next``: a record is broken, or a worker was ended from outside.
     """
-    a, b = recipe.data.augment, recipe.batch
-    policy = Augmentation(a.flip, tuple(a.scales), a.max_size, a.crop, tuple(a.crop_scales), tuple(a.crop_size))
-    tasks = TrainTasks(
-        source, policy, b.size, micro or b.micro, recipe.seed, rank, num_ranks, start_window, end_window
-    )
+    size, micro = recipe.batch.size, recipe.batch.micro if micro is None else micro
+    tasks = TrainTasks(source, _policy(recipe), size, micro, recipe.seed, rank, num_ranks, start_window, end_window)
     return loader.windows(loader.batches(source, tasks, **_loading(recipe, mean, std)), tasks)
+
+
+def worst_window(recipe: Recipe, source: Source) -> tuple[tuple[int, int], int]:
+    """What the most demanding window can hold: canvas (h, w) in pixels, and boxes in one image. Nothing is decoded."""
+    sizes = (source.size_px(i) for i in range(len(source)))
+    return worst_canvas(sizes, _policy(recipe)), source.most_boxes()
+
+
+def _policy(recipe: Recipe) -> Augmentation:
+    a = recipe.data.augment
+    return Augmentation(a.flip, tuple(a.scales), a.max_size, a.crop, tuple(a.crop_scales), tuple(a.crop_size))
 
 
 def eval_batches(

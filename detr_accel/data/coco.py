@@ -47,6 +47,10 @@ class CocoSource:
     def name(self, index: int) -> str:
         return self.table.file_names[self._rows[index]]
 
+    def most_boxes(self) -> int:
+        counts = np.diff(self.table.offsets)[self._rows]
+        return int(counts.max(initial=0))
+
     def sample(self, index: int) -> Sample:
         size_px = self.size_px(index)
         try:

@@ -6,7 +6,7 @@ Sizes are (height, width) in pixels; N boxes of one image. Source of every rule 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,6 +75,23 @@ def train_plan(rng: np.random.Generator, size_px: Size, policy: Augmentation) ->
     left = int(rng.integers(0, first[1] - width + 1))
     final = resized((height, width), _choice(rng, policy.scales), policy.max_size)
     return Plan(size_px, flip, first, (top, left, height, width), final)
+
+
+def worst_canvas(sizes_px: Iterable[Size], policy: Augmentation) -> Size:
+    """A canvas that no training window of these images can pass: the tallest and the widest plan meet in one window."""
+    height = width = 1
+    short = max(policy.scales)
+    for size in set(sizes_px):
+        plans = [size]
+        if policy.crop > 0:
+            for first in (resized(size, s, None) for s in policy.crop_scales):
+                (low_h, high_h), (low_w, high_w) = (
+                    [min(bound, side) for bound in policy.crop_size] for side in first
+                )  # fmt: skip
+                plans += [(high_h, low_w), (low_h, high_w)]
+        for h, w in (resized(plan, short, policy.max_size) for plan in plans):
+            height, width = max(height, h), max(width, w)
+    return height, width
 
 
 def _choice(rng: np.random.Generator, values: Sequence[int]) -> int:

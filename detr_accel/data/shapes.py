@@ -85,6 +85,9 @@ class ShapesSource:
     def size_px(self, index: int) -> tuple[int, int]:
         return int(self._sizes[index, 0]), int(self._sizes[index, 1])
 
+    def most_boxes(self) -> int:
+        return self.max_objects
+
     def image_id(self, index: int) -> int:
         return index + 1
 

@@ -27,6 +27,9 @@ class Source(Protocol):
     def name(self, index: int) -> str:
         """For messages: the file, or what stands for it."""
 
+    def most_boxes(self) -> int:
+        """The greatest number of targets in one image, without decoding."""
+
     def sample(self, index: int) -> Sample:
         """Decode one image. Raises UserError naming the record when that cannot be done."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -17,7 +18,10 @@ from detr_accel.models.transformer import Transformer
 from detr_accel.recipe import Recipe
 from detr_accel.structures import UserError
 
-__all__ = ["build", "build_criterion", "detections", "init_from", "keep_decoder_layers", "param_groups", "weights"]
+__all__ = [
+    "build", "build_criterion", "checkpoint_parts", "checkpointing_ladder", "detections", "init_from",
+    "keep_decoder_layers", "param_groups", "weights",
+]  # fmt: skip
 
 
 def build(
@@ -57,6 +61,20 @@ def param_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
     return groups
 
 
+def checkpointing_ladder(model: nn.Module) -> list[tuple[str, ...]]:
+    """Parts to switch activation checkpointing on for, step by step: what holds most comes first."""
+    backbone = ("backbone",) if model.backbone.has_blocks else ()
+    return list(dict.fromkeys([(), backbone, (*backbone, "encoder"), (*backbone, "encoder", "decoder")]))
+
+
+def checkpoint_parts(model: nn.Module, parts: Sequence[str]) -> None:
+    """Switch activation checkpointing on for parts of a built model: backbone, encoder, decoder."""
+    if "backbone" in parts:
+        model.backbone.checkpoint_blocks()
+    model.transformer.encoder.checkpointing |= "encoder" in parts
+    model.transformer.decoder.checkpointing |= "decoder" in parts
+
+
 def init_from(model: nn.Module, classes, source: str, head_rule: str):
     """Start from a trained detector; see ``convert.init_from``."""
     from detr_accel.models import convert
@@ -68,7 +86,8 @@ _GROUPS = {"backbone": "backbone", "class_embed": "heads", "bbox_embed": "heads"
 
 
 def _build_detr(recipe: Recipe, num_classes: int, load_weights: bool) -> DETR:
-    model, parts = recipe.model, recipe.model.activation_checkpointing
+    model = recipe.model
+    parts = () if model.activation_checkpointing == "auto" else model.activation_checkpointing  # auto: after a trial
     backbone = _build_backbone(recipe, load_weights)
     transformer = Transformer(
         model.hidden_dim,

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from detr_accel.models.autocast import within_half
+
 
 class Attention(nn.Module):
     """nn.MultiheadAttention's parameters and arithmetic, through scaled_dot_product_attention.
@@ -42,7 +44,7 @@ class Attention(nn.Module):
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # [B, H, N or M, D/H]
         dropout = self.dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=key_valid, dropout_p=dropout)
-        return self.out_proj(out.transpose(1, 2).flatten(2))  # [B, N, D]
+        return within_half(self.out_proj(out.transpose(1, 2).flatten(2)))  # [B, N, D]
 
 
 def valid_keys(mask: Tensor) -> Tensor:

@@ -26,3 +26,13 @@ def as_autocast_would(x: Tensor) -> Tensor:
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return x
     return x.to(torch.get_autocast_dtype(kind))
+
+
+def within_half(x: Tensor) -> Tensor:
+    """float16 ends at 65504: what has passed it comes back to the border instead of being infinite, without a gradient
+    there. Other types, and NaN, stay as they are.
+
+    A sum of a decoder's residuals is where DETR's half-precision training meets the border first.
+    """
+    limit = torch.finfo(torch.float16).max
+    return x.clamp(-limit, limit) if x.dtype is torch.float16 else x

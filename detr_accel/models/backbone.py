@@ -60,8 +60,23 @@ class Backbone(nn.Module):
             freeze_norms(self.body)
         if fold and any(isinstance(m, FrozenBatchNorm2d) for m in self.body.modules()):
             fold_norms(self.body)
+        self.name = name
         if checkpointing:
-            _checkpoint_blocks(self.body, name)
+            self.checkpoint_blocks()
+
+    def checkpoint_blocks(self) -> None:
+        """From now on compute blocks again in backward. The weights keep their names.
+
+        Raises:
+            UserError: this model has no repeated blocks.
+        """
+        if not any(isinstance(m, _CheckpointedBlocks) for m in self.body.modules()):
+            _checkpoint_blocks(self.body, self.name)
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether there is anything that ``checkpoint_blocks`` could switch on."""
+        return any(_is_stage(m) or isinstance(m, _CheckpointedBlocks) for m in self.body.modules())
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] -> [B, C, h, w]."""
@@ -213,13 +228,17 @@ def _checkpoint_blocks(body: nn.Module, name: str) -> None:
     count = 0
     for parent in list(body.modules()):
         for key, child in list(parent.named_children()):
-            if type(child) is nn.Sequential and len(child) > 0 and all(_is_block(b) for b in child):
+            if _is_stage(child):
                 setattr(parent, key, _CheckpointedBlocks(OrderedDict(child.named_children())))
                 count += 1
     if count == 0:
         raise UserError(
             f"model.activation_checkpointing: no repeated blocks found in {name}; leave backbone out of the list"
         )
+
+
+def _is_stage(module: nn.Module) -> bool:
+    return type(module) is nn.Sequential and len(module) > 0 and all(_is_block(b) for b in module)
 
 
 def _is_block(module: nn.Module) -> bool:

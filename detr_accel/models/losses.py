@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from detr_accel.boxes import cxcywh_to_xyxy, giou
 from detr_accel.models.autocast import full_precision, no_autocast
 from detr_accel.models.matcher import Matcher, Matching, to_device
-from detr_accel.structures import Targets
+from detr_accel.structures import Targets, UserError
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,27 @@ class SetCriterion(nn.Module):
         self.weights, self.eos_coef, self.aux = weights, eos_coef, aux
 
     def count(self, targets: list[Targets]) -> Tensor:
-        """What a micro-batch adds to its window: float64 [3] on the CPU: boxes, matched pairs, images."""
+        """What a micro-batch adds to its window: float64 [3] on the CPU: boxes, matched pairs, images.
+
+        Args:
+            targets: still on the host, so that looking at them waits for nothing.
+        Raises:
+            UserError: a label that the model has no class for; on a GPU it would end the process without a word.
+        """
         sizes = [len(t.labels) for t in targets]
+        for t in targets:
+            self._check_labels(t)
         matched = sum(min(size, self.num_queries) for size in sizes)
         return torch.tensor([sum(sizes), matched, len(sizes)], dtype=torch.float64)
+
+    def _check_labels(self, target: Targets) -> None:
+        labels = np.from_dlpack(target.labels) if target.labels.device.type == "cpu" else np.empty(0)
+        wrong = labels[(labels < 0) | (labels >= self.num_classes)]
+        if len(wrong):
+            raise UserError(
+                f"image {target.image_id} has a box with label {wrong[0]}, and the model has the classes 0 to "
+                f"{self.num_classes - 1}: the source must map its category ids to contiguous labels"
+            )
 
     def loss_names(self, num_layers: int) -> list[str]:
         """The names in ``LossResult.losses`` for L decoder layers, in their order."""

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from detr_accel.models.attention import Attention
+from detr_accel.models.autocast import within_half
 
 
 class EncoderLayer(nn.Module):
@@ -59,7 +60,7 @@ class DecoderLayer(nn.Module):
 def feed_forward(layer: EncoderLayer | DecoderLayer, x: Tensor) -> Tensor:
     """linear1, ReLU, dropout, linear2 of a layer: [..., D] -> [..., D]."""
     hidden = F.relu(layer.linear1(x), inplace=True)
-    return layer.linear2(F.dropout(hidden, layer.dropout, layer.training))
+    return within_half(layer.linear2(F.dropout(hidden, layer.dropout, layer.training)))
 
 
 class Encoder(nn.Module):

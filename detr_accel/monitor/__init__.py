@@ -31,6 +31,7 @@ def build(
     start_window: int = 0,
     fingerprint: dict[str, str],
     wandb_run_id: str | None = None,
+    parent: str | None = None,
 ) -> Sinks | Silent:
     """The run's sinks; on every process but the main one, a silent stand-in with the same methods.
 
@@ -41,10 +42,11 @@ def build(
         accelerator: made with ``log_with="wandb"`` where log.wandb.enabled is set.
         fingerprint: name of a split -> its data's fingerprint.
         wandb_run_id: the W&B run to go on with (online only).
+        parent: the checkpoint that this run branched off.
     Raises:
         UserError: W&B must be online and has no key.
     """
-    wandb = _wandb(recipe, Path(run_folder), accelerator, fingerprint, wandb_run_id)
+    wandb = _wandb(recipe, Path(run_folder), accelerator, fingerprint, wandb_run_id, parent)
     if not accelerator.is_main_process:
         return Silent()
     evaluations = total_windows / max(1, round(recipe.evaluate.every_epochs * windows_per_epoch))
@@ -81,7 +83,8 @@ def versions() -> dict[str, str]:
 
 
 def _wandb(
-    recipe: Recipe, folder: Path, accelerator: Any, fingerprint: dict[str, str], run_id: str | None
+    recipe: Recipe, folder: Path, accelerator: Any, fingerprint: dict[str, str], run_id: str | None,
+    parent: str | None,
 ) -> WandbSink | None:
     wanted = recipe.log.wandb
     if not wanted.enabled:
@@ -96,6 +99,7 @@ def _wandb(
         "data": {"fingerprint": fingerprint},
         "num_processes": accelerator.num_processes,
         "mixed_precision": str(accelerator.mixed_precision),
+        "parent": parent,
     }
     folder.mkdir(parents=True, exist_ok=True)  # W&B looks for a git commit from there
     arguments = tracker_kwargs(

@@ -46,7 +46,7 @@ def _trim(path: Path, keep_until: int | None) -> None:
         return
     lines = path.read_bytes().splitlines(keepends=True)
     whole = [line for line in lines if line.endswith(b"\n")]
-    kept = whole if keep_until is None else [x for x in whole if json.loads(x).get("window", 0) <= keep_until]
+    kept = whole if keep_until is None else [x for x in whole if (json.loads(x).get("window") or 0) <= keep_until]
     if len(kept) != len(lines):
         beside = path.with_suffix(path.suffix + ".tmp")
         beside.write_bytes(b"".join(kept))

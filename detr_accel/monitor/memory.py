@@ -19,6 +19,36 @@ def peak_gib(device: torch.device | str = "cpu") -> float:
     return _peak_resident_bytes() / 2**30
 
 
+def start_peak(device: torch.device) -> int:
+    """Forget the peak so far; returns the bytes held now: by the allocator of a GPU, or by this process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_reserved(device)
+    reset = Path("/proc/self/clear_refs")
+    if reset.exists():
+        reset.write_text("5")
+    return psutil.Process().memory_info().rss
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most since ``start_peak``, in the same count."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else _peak_resident_bytes()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that may still be taken: of the GPU, or of the machine and its container."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    for names in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        try:
+            limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in names)
+            free = min(free, max(0, limit - used))
+        except (OSError, ValueError):
+            continue  # no such group, or no limit ("max")
+    return free
+
+
 def reserved_gib(device: torch.device | str) -> float | None:
     """Most memory that the allocator took from a GPU, in GiB: what other programs see. None without a GPU."""
     if torch.device(device).type == "cuda":

@@ -26,7 +26,8 @@ class Sinks:
     Args:
         run_folder: holds ``metrics.jsonl`` (what follows from recipe, data and seed: the same rows whenever the run is
             repeated), ``speed.jsonl`` (clock and memory) and ``alarms.jsonl``.
-        start_window: windows done before; later rows of the two first files are dropped, to be written again.
+        start_window: windows done before; later rows of the two first files are dropped, to be written again. W&B has
+            had them already, and does not get them twice.
         device: whose memory is reported.
         metric: by which evaluations are compared.
     """
@@ -45,8 +46,11 @@ class Sinks:
     ) -> None:
         run_folder.mkdir(parents=True, exist_ok=True)
         self.console, self.eta, self.wandb, self.name, self.device = console, eta, wandb, name, device
+        self._sent = _last_windows(run_folder)
         self.metrics = JsonLines(run_folder / "metrics.jsonl", keep_until=start_window)
         self.speed = JsonLines(run_folder / "speed.jsonl", keep_until=start_window)
+        # alarms stay: what was wrong then may not come again. One that does is not written or sent a second time
+        self._alarmed = {(row["window"], row["title"]) for row in read(run_folder / "alarms.jsonl")}
         self.alarms = JsonLines(run_folder / "alarms.jsonl")
         self.meter = Meter()
         self.metric = metric
@@ -88,7 +92,7 @@ class Sinks:
         self.metrics.write(place | row)
         self.speed.write(place | {"time": _now()} | machine)
         self.console.log(stats, speed, speed.get("seconds_left"))
-        if self.wandb is not None:
+        if self.wandb is not None and stats.window > self._sent["train"]:
             self.wandb.log(rows.axes(**place) | row | machine)
 
     def evaluation(
@@ -116,7 +120,7 @@ class Sinks:
         self.metrics.write(place | row | details)
         best = self._note_best(metrics.values[self.metric], window)
         self.console.evaluation(metrics, window=window, epoch=epoch, weights=weights, best=best)
-        if self.wandb is None:
+        if self.wandb is None or window <= self._sent["val"]:
             return
         names = {i: n for i, n in enumerate(classes.names) if n is not None} if classes is not None else {}
         self.wandb.evaluation(rows.axes(**place) | row, metrics, panel, names)
@@ -138,8 +142,10 @@ class Sinks:
             level: INFO, WARN or ERROR.
         """
         assert level in ("INFO", "WARN", "ERROR"), level
-        self.alarms.write({"window": window, "time": _now(), "level": level, "title": title, "text": text})
         self.console.say(f"{level}: {title}: {text}")
+        if window is not None and (window, title) in self._alarmed:
+            return
+        self.alarms.write({"window": window, "time": _now(), "level": level, "title": title, "text": text})
         if self.wandb is not None:
             self.wandb.alarm(title, text, level)
 
@@ -164,12 +170,20 @@ class Sinks:
         return None if self.wandb is None else self.wandb.run_id
 
     def close(self, ok: bool = True) -> None:
-        """Once, at the end, also after a failure (``ok`` False marks the W&B run as failed)."""
-        self.console.close()
-        for file in (self.metrics, self.speed, self.alarms):
-            file.close()
-        if self.wandb is not None:
-            self.wandb.close(ok)
+        """Once, at the end, also after a failure (``ok`` False marks the W&B run as failed). A file that cannot be
+        closed (a full disk) keeps nothing else from being closed."""
+        with contextlib.ExitStack() as stack:
+            if self.wandb is not None:
+                stack.callback(self.wandb.close, ok)
+            for file in (self.metrics, self.speed, self.alarms):
+                stack.callback(file.close)
+            stack.callback(self.console.close)
+
+    def __enter__(self) -> Sinks:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(kind is None)
 
 
 class Silent:
@@ -196,6 +210,21 @@ class Silent:
         return items
 
     def close(self, ok: bool = True) -> None: ...
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def _last_windows(run_folder: Path) -> dict[str, int]:
+    """The last window of each kind that an earlier process of this run has logged."""
+    metrics = read(run_folder / "metrics.jsonl")
+    of = {
+        "train": [row["window"] for row in metrics if "train/loss" in row],
+        "val": [row["window"] for row in metrics if "val/num_images" in row],
+    }
+    return {kind: max(windows, default=0) for kind, windows in of.items()}
 
 
 def _now() -> str:

@@ -6,8 +6,10 @@ checkpoints/window-00000123/
     optimizer.safetensors  AdamW's moments, by parameter name
     state.json             counters, schedule position, best value, W&B id
     recipe.yaml classes.json meta.json   what ``detr-accel predict`` needs beside the weights
+    split.json             image ids of both splits, where one json was cut in two
     manifest.json          sha256 and size of every file above; written last
 checkpoints/last, checkpoints/best       links to the newest and to the best one
+checkpoints/damaged-window-00000123      one that was found damaged on resume; safe to delete
 """
 
 from __future__ import annotations
@@ -16,16 +18,18 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from detr_accel.structures import UserError
 from detr_accel.train.ema import Ema
+from detr_accel.train.health import HealthState
 
 MANIFEST = "manifest.json"
 
@@ -44,6 +48,18 @@ class State:
     scaler: dict[str, Any] | None = None
     layout: dict[str, Any] | None = None
     fingerprint: str | None = None
+    evaluated_window: int | None = (
+        None  # where metrics and threshold come from; an evaluation that is owed is due again
+    )
+    micro: int | None = None  # images per forward in force: what auto chose, or what running out of memory left
+    checkpointed: list[str] = field(default_factory=list)  # parts that are computed again in backward
+    anchor: str | None = None  # the folder that a rollback goes back to: the last checkpoint that came by counting
+    parent: str | None = None  # the checkpoint that this run branched off
+    health: HealthState = field(default_factory=HealthState)
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> State:
+        return cls(**{**row, "health": HealthState(**row.get("health", {}))})
 
 
 def save(
@@ -66,14 +82,15 @@ def save(
     Raises:
         UserError: the disk is full or the folder cannot be written; the older checkpoints stay as they are.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"window-{state.window:08d}"
+    name = folder_name(state.window)
     temporary = folder / f".{name}.{os.getpid()}.tmp"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
+        check_space(folder, num_bytes(model, ema))
         temporary.mkdir()
         _write_weights(temporary, model, ema, optimizer)
-        for file_name, text in {**files, "state.json": json.dumps(vars(state), indent=1)}.items():
+        for file_name, text in {**files, "state.json": json.dumps(asdict(state), indent=1)}.items():
             (temporary / file_name).write_text(text, encoding="utf-8")
         manifest = {p.name: {"sha256": _sha256(p), "bytes": p.stat().st_size} for p in sorted(temporary.iterdir())}
         for p in temporary.iterdir():
@@ -86,24 +103,49 @@ def save(
             shutil.rmtree(final)
         os.replace(temporary, final)
         _fsync(folder)
-    except OSError as error:
+        _link(folder / "last", name)
+        if is_best:
+            _link(folder / "best", name)
+    except (OSError, SafetensorError) as error:  # safetensors' own error hides the system's: it writes in Rust
         shutil.rmtree(temporary, ignore_errors=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UserError(
-            f"checkpoint {folder / name} could not be written: {error.strerror}; free space or move the run with "
-            "--runs, then go on with --resume from the checkpoint before it"
+            f"checkpoint {folder / name} could not be written: {reason}; the one before it is whole: free space or "
+            "move the run with --runs, then go on with --resume"
         ) from error
-    _link(folder / "last", name)
-    if is_best:
-        _link(folder / "best", name)
-    _prune(folder, keep)
+    _prune(folder, keep, state.anchor)
     return final
 
 
+def folder_name(window: int) -> str:
+    return f"window-{window:08d}"
+
+
+def num_bytes(model: nn.Module, ema: Ema | None) -> int:
+    """What one checkpoint takes on disk: weights, their average, and AdamW's two moments of what trains."""
+    weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return weights * (1 if ema is None else 2) + moments + 2**20
+
+
+def check_space(folder: Path, needed_bytes: int) -> None:
+    """
+    Raises:
+        UserError: less is free than the next checkpoint takes.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise UserError(
+            f"a checkpoint takes {needed_bytes / 2**20:,.0f} MiB and {folder} has {free / 2**20:,.0f} MiB free: free "
+            "space there, lower checkpoint.keep, or move the run with --runs"
+        )
+
+
 def load_last(folder: Path) -> tuple[Path, list[str]]:
-    """The newest whole checkpoint.
+    """The newest whole checkpoint. Newer ones that are damaged are set aside, and the links mended.
 
     Returns:
-        its folder, and one sentence for every newer one that is damaged and was passed over.
+        its folder, and one sentence for every damaged one.
     Raises:
         UserError: there is none.
     """
@@ -111,9 +153,24 @@ def load_last(folder: Path) -> tuple[Path, list[str]]:
     for path in sorted(folder.glob("window-*"), reverse=True):
         fault = damage(path)
         if fault is None:
+            _mend_links(folder, path.name)
             return path, notes
-        notes.append(f"checkpoint {path.name} is passed over: {fault}")
+        aside = path.with_name(f"damaged-{path.name}")
+        notes.append(f"checkpoint {path.name} is passed over and set aside as {aside.name}: {fault}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(path, aside)
     raise UserError(". ".join([f"no whole checkpoint in {folder} to resume from; start without --resume", *notes]))
+
+
+def _mend_links(folder: Path, newest: str) -> None:
+    """``last`` shows the newest whole one; a ``best`` that was set aside is taken from the state's own memory of it."""
+    _link(folder / "last", newest)
+    best = folder / "best"
+    if best.is_symlink() and not best.exists():
+        best.unlink()
+        window = json.loads((folder / newest / "state.json").read_text(encoding="utf-8")).get("best_window")
+        if window is not None and (folder / folder_name(window)).is_dir():
+            _link(best, folder_name(window))
 
 
 def damage(path: Path) -> str | None:
@@ -139,7 +196,7 @@ def load(path: Path, *, model: nn.Module, ema: Ema | None, optimizer: torch.opti
     Raises:
         UserError: the checkpoint belongs to another model or optimizer; the keys that differ are named.
     """
-    state = State(**json.loads((path / "state.json").read_text(encoding="utf-8")))
+    state = State.from_json(json.loads((path / "state.json").read_text(encoding="utf-8")))
     average = load_file(path / "model.safetensors")
     raw = load_file(path / "raw.safetensors") if (path / "raw.safetensors").exists() else average
     _load_weights(model, raw, path)
@@ -195,11 +252,13 @@ def _load_optimizer(
             optimizer.state[p][field] = torch.empty_like(p).copy_(value)
 
 
-def _prune(folder: Path, keep: int) -> None:
+def _prune(folder: Path, keep: int, anchor: str | None) -> None:
     whole = sorted(folder.glob("window-*"), reverse=True)
-    spared = {p.name for p in whole[:keep]} | {
-        os.readlink(link) for link in (folder / "last", folder / "best") if link.is_symlink()
-    }
+    spared = (
+        {p.name for p in whole[:keep]}
+        | {anchor}
+        | {os.readlink(link) for link in (folder / "last", folder / "best") if link.is_symlink()}
+    )
     for path in whole:
         if path.name not in spared:
             shutil.rmtree(path, ignore_errors=True)

@@ -77,3 +77,21 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
     return {group["name"]: group["lr"] for group in optimizer.param_groups}
+
+
+@torch.no_grad()
+def allocate_state(optimizer: torch.optim.Optimizer) -> None:
+    """Make the optimizer's moments now, so that the first window does not run out of memory in the middle of a step.
+    A step with gradients and rate of zero moves nothing; its count is taken back."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for p in parameters:
+        p.grad = None
+        optimizer.state[p]["step"].zero_()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
@@ -11,8 +12,9 @@ from torch import nn
 
 from detr_accel import data, evaluate, models
 from detr_accel.recipe import Recipe
-from detr_accel.structures import Batch, Detections
+from detr_accel.structures import Batch, Detections, UserError
 from detr_accel.train.checkpoint import State
+from detr_accel.train.stopping import StopSignal
 
 
 class Validation:
@@ -28,13 +30,19 @@ class Validation:
         self.to_category, _ = evaluate.match_classes(splits.train.classes, splits.val.classes)
         self.truth = splits.val.ground_truth()
         count = min(recipe.evaluate.panel_images, len(self.source)) if recipe.log.wandb.enabled else 0
+        self.aborted = False
         self.panel = [i * len(self.source) // count for i in range(count)]
 
-    def __call__(self, state: State, length) -> bool:
-        """Evaluate, log, and note the best; returns whether this is it. The same on every process."""
+    def __call__(self, state: State, length, stop: StopSignal) -> bool:
+        """Evaluate, log, and note the best; returns whether this is it. The same on every process.
+
+        A stop in the middle ends it on all processes (``aborted``): the state is as before, and the evaluation is owed.
+        """
         recipe, accelerator = self.recipe, self.accelerator
 
         def predict(batch: Batch) -> list[Detections]:
+            if stop.requested:
+                raise UserError("asked to stop")
             batch = batch.to(accelerator.device, non_blocking=True)
             with accelerator.autocast():
                 outputs = self.model(batch.images, batch.mask)
@@ -43,26 +51,15 @@ class Validation:
                 outputs, [t.image_id for t in batch.targets], sizes, recipe.evaluate.max_detections
             )
 
-        batches = self.sinks.progress(data.eval_batches(
-            recipe, self.source, rank=accelerator.process_index, num_ranks=accelerator.num_processes,
-            mean=self.model.mean, std=self.model.std,
-        ))  # fmt: skip
-        was_training = self.model.training
-        self.model.eval()
-        with torch.inference_mode():
-            metrics = evaluate.run(
-                predict, batches, ground_truth=self.truth, to_category=self.to_category, gather=gather_object,
-                broadcast=broadcast_object_list, is_main=accelerator.is_main_process,
-                max_detections=recipe.evaluate.max_detections, backend=recipe.evaluate.backend,
-                keep_images=[self.source.image_id(i) for i in self.panel],
-            )  # fmt: skip
-        self.model.train(was_training)
-
+        metrics = self._metrics(predict, stop)
+        if metrics is None:
+            self.aborted = True
+            return False
         value = metrics.values[recipe.evaluate.metric]
         # nan (nothing to score against) is never better, but the first evaluation always gives something to load
         is_best = state.metrics is None or (not math.isnan(value) and (state.best is None or value > state.best))
         state.metrics = {name: None if math.isnan(v) else v for name, v in metrics.values.items()}
-        state.threshold = metrics.threshold
+        state.threshold, state.evaluated_window = metrics.threshold, state.window
         if is_best:
             state.best, state.best_window = (None if math.isnan(value) else value), state.window
         self.sinks.evaluation(
@@ -71,6 +68,31 @@ class Validation:
             classes=self.source.classes,
         )  # fmt: skip
         return is_best
+
+    def _metrics(self, predict: Callable[[Batch], list[Detections]], stop: StopSignal) -> evaluate.Metrics | None:
+        """None where any process was asked to stop before the numbers were there."""
+        recipe, accelerator = self.recipe, self.accelerator
+        rank, num_ranks = accelerator.process_index, accelerator.num_processes
+        batches = data.eval_batches(
+            recipe, self.source, rank=rank, num_ranks=num_ranks, mean=self.model.mean, std=self.model.std
+        )
+        total = -(-len(self.source) // (recipe.evaluate.batch * num_ranks))
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.inference_mode():
+                return evaluate.run(
+                    predict, self.sinks.progress(batches, total=total), ground_truth=self.truth,
+                    to_category=self.to_category, gather=gather_object, broadcast=broadcast_object_list,
+                    is_main=accelerator.is_main_process, max_detections=recipe.evaluate.max_detections,
+                    backend=recipe.evaluate.backend, keep_images=[self.source.image_id(i) for i in self.panel],
+                )  # fmt: skip
+        except UserError:
+            if any(gather_object([stop.requested])):
+                return None
+            raise
+        finally:
+            self.model.train(was_training)
 
     def _pictures(self, kept: dict[int, Detections]) -> list[tuple]:
         if not kept:  # only the main process scores

@@ -1,4 +1,4 @@
-"""One window: the micro-batches of one optimizer step, from counting to clipped gradients.
+"""One window: the micro-batches of one optimizer step, from counting to summed gradients.
 
 Nothing here changes weights: the loop looks at the result and decides.
 """
@@ -6,34 +6,62 @@ Nothing here changes weights: the loop looks at the result and decides.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import sys
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from detr_accel.structures import Batch
+from detr_accel.structures import Batch, UserError
+from detr_accel.train.forward_state import ForwardState
 from detr_accel.train.reduce import GradientReducer, all_reduce_sum
 
 
 @dataclass
 class WindowResult:
-    """What a window came to, on every process alike."""
+    """What a window came to, on every process alike. Either it was trained through, or one of the reasons why it was
+    not is set, and then there are no numbers."""
 
-    losses: dict[str, float]  # each already divided by its global count; the weighted total under "loss"
-    grad_norms: dict[str, float]  # per group, before clipping
-    grad_norm: float  # over all groups, before clipping
-    num_images: int
-    num_boxes: int
-    stop_requested: bool
+    losses: dict[str, float] = field(default_factory=dict)  # divided by global counts; the weighted total as "loss"
+    grad_norms: dict[str, float] = field(default_factory=dict)  # per group, before clipping
+    grad_norm: float = 0.0  # over all groups, before clipping
+    num_images: int = 0
+    num_boxes: int = 0
+    statistics_finite: bool = True  # the running statistics that forward wrote
     bad_images: list[int] = field(default_factory=list)  # image ids whose matching cost was not finite
+    totals: list[Tensor] = field(default_factory=list)  # this process's alone: each micro-batch's loss, unread
+    stop_requested: bool = False  # of any process
+    save_requested: bool = False
+    out_of_memory: bool = False  # why there are no numbers: memory,
+    abandoned: bool = False  # a stop that could not wait for the window's end,
+    broken: bool = False  # a process whose last optimizer step was left half done,
+    failure: str | None = None  # or an error, in words
+
+    @property
+    def trained(self) -> bool:
+        return not (self.out_of_memory or self.abandoned or self.broken or self.failure)
 
     @property
     def finite(self) -> bool:
-        return bool(np.isfinite(self.grad_norm) and np.isfinite(self.losses["loss"]) and not self.bad_images)
+        numbers = np.isfinite(self.grad_norm) and np.isfinite(self.losses["loss"])
+        return bool(numbers and self.statistics_finite and not self.bad_images)
+
+
+@dataclass
+class Requests:
+    """What this process brings to a window beside its images."""
+
+    stop: bool = False
+    save: bool = False
+    broken: bool = False  # its last optimizer step ran out of memory half-way
+    failure: str | None = None  # loading its images failed, in words
+    overdue: Callable[[], bool] = lambda: False  # asked between micro-batches: the window can wait no longer
 
 
 class WindowRunner:
@@ -62,74 +90,126 @@ class WindowRunner:
         self.criterion = criterion
         self.groups = {name: [p for _, p in rows] for name, rows in groups.items() if rows}
         self.reducer = GradientReducer(p for rows in self.groups.values() for p in rows)
+        self.forward_state = ForwardState(model)
         self.loss_names = [*loss_names, "loss"]
         self.seed = seed
         self.overlap = overlap and accelerator.num_processes > 1
 
     def run(
-        self, micro_batches: Sequence[Batch], *, all_share: bool = True, stop_requested: bool = False
+        self, micro_batches: Sequence[Batch], *, all_share: bool = True, requests: Requests | None = None
     ) -> WindowResult:
         """Forward and backward over this process's share; gradients are summed over processes and lie in ``.grad``.
+
+        A process that fails, runs out of memory or may not wait meets no collective half-way: it stops computing, and
+        all learn of it together. Then there are no gradients, and the running statistics are those from before.
 
         Args:
             micro_batches: this process's cuts of the window; may be empty.
             all_share: every process has at least one micro-batch (needed to reduce during backward).
-            stop_requested: this process was asked to stop; the answer says whether any was.
+            requests: what this process asks of all.
         """
-        device = self.accelerator.device
+        requests = requests or Requests()
         self.criterion.train()
         self.model.train()
-        local = [self.criterion.count(batch.targets) for batch in micro_batches]
-        count = torch.stack(local).sum(0) if local else self.criterion.count([])
-        total = all_reduce_sum(count, device)
-        counts = self.criterion.normalisers(total)
-
+        self.forward_state.remember()
+        total, failure = self._count(micro_batches, requests.failure)
         overlap = self.overlap and all_share
-        sums: dict[str, Tensor] = {}
-        bad: list[int] = []
-        for i, batch in enumerate(micro_batches):
-            last = i == len(micro_batches) - 1
-            silent = self.overlap and not (overlap and last)
-            with self.accelerator.no_sync(self.model) if silent else contextlib.nullcontext():
-                bad += self._micro_batch(batch, counts, sums, scale=self.accelerator.num_processes if overlap else 1)
-
-        flags = self._agree(len(bad), stop_requested)
-        if flags[0]:
-            bad = sorted(set(self._gather_ids(bad)))
+        share = _Share(failure=failure)
+        if failure is None and not requests.broken:
+            self._compute(micro_batches, self.criterion.normalisers(total), overlap, share, requests)
+        result = self._agree(share, requests)
+        if not result.trained:
+            self.discard()
+            return result
         if overlap:
             self._fill_missing()
         else:
             self.reducer()
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients()
-        return self._read(sums, total, bad, bool(flags[1]))
+        images = sum(len(b) for b in micro_batches)
+        self.forward_state.combine(images, total[-1], self.accelerator.num_processes, self.accelerator.device)
+        result.totals = share.totals
+        return self._read(share.sums, total, result)
 
-    def _micro_batch(self, batch: Batch, counts: dict[str, Tensor], sums: dict[str, Tensor], scale: int) -> list[int]:
-        """Forward, match, loss, backward; adds the detached terms to ``sums``; returns ids of unmatched images."""
-        # dropout depends on where the micro-batch stands in the run, not on what was drawn before it
-        entropy = (self.seed, batch.epoch, batch.positions[0])
-        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
+    def discard(self) -> None:
+        """As if the window had not been: gradients gone, running statistics as before it."""
+        self.forward_state.restore()
+        for rows in self.groups.values():
+            for p in rows:
+                p.grad = None
+
+    def _count(self, micro_batches: Sequence[Batch], failure: str | None) -> tuple[Tensor, str | None]:
+        """The window's counts over all processes, and why this process cannot take part."""
+        count = self.criterion.count([])
+        if failure is None:
+            try:
+                count = torch.stack([count, *(self.criterion.count(batch.targets) for batch in micro_batches)]).sum(0)
+            except UserError as error:
+                failure = str(error)
+        return all_reduce_sum(count, self.accelerator.device), failure
+
+    def _compute(
+        self,
+        micro_batches: Sequence[Batch],
+        counts: dict[str, Tensor],
+        overlap: bool,
+        share: _Share,
+        requests: Requests,
+    ) -> None:
+        for i, batch in enumerate(micro_batches):
+            last = i == len(micro_batches) - 1
+            silent = self.overlap and not (overlap and last)
+            if not self.overlap and requests.overdue():
+                share.abandoned = True
+                return
+            try:
+                with self.accelerator.no_sync(self.model) if silent else contextlib.nullcontext():
+                    self._micro_batch(batch, counts, share, scale=self.accelerator.num_processes if overlap else 1)
+            except Exception as error:
+                if self.overlap:  # the others are inside backward's reductions: only a restart helps
+                    raise _overlap_error(error) from error
+                if not is_out_of_memory(error):
+                    share.failure = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                    if not isinstance(error, UserError):
+                        traceback.print_exc(file=sys.stderr)  # a mistake of ours: whoever reports it needs the place
+                share.out_of_memory = is_out_of_memory(error)
+                return
+
+    def _micro_batch(self, batch: Batch, counts: dict[str, Tensor], share: _Share, scale: int) -> None:
+        """Forward, match, loss, backward; adds the detached terms and the ids of unmatched images to ``share``."""
+        seed_dropout(self.seed, batch)
         batch = batch.to(self.accelerator.device, non_blocking=True)
         outputs = self.model(batch.images, batch.mask)
         result = self.criterion(outputs, batch.targets, counts)
         # under overlap DistributedDataParallel averages over processes; ours is a sum
         self.accelerator.backward(result.total * scale)
-        for name, value in {**result.losses, "loss": result.total.detach()}.items():
-            sums[name] = sums[name] + value if name in sums else value
-        return [t.image_id for t, is_bad in zip(batch.targets, result.bad_image, strict=True) if is_bad]
+        share.totals.append(result.total.detach())
+        for name, value in {**result.losses, "loss": share.totals[-1]}.items():
+            share.sums[name] = share.sums[name] + value if name in share.sums else value
+        share.bad += [t.image_id for t, is_bad in zip(batch.targets, result.bad_image, strict=True) if is_bad]
 
-    def _agree(self, num_bad: int, stop: bool) -> tuple[float, float]:
-        if self.accelerator.num_processes == 1:
-            return float(num_bad), float(stop)
-        flags = all_reduce_sum(torch.tensor([num_bad, stop], dtype=torch.float32), self.accelerator.device)
-        num_bad, stop = flags.tolist()  # device read, first of two a window
-        return num_bad, stop
-
-    @staticmethod
-    def _gather_ids(mine: list[int]) -> list[int]:
-        from accelerate.utils import gather_object
-
-        return gather_object(mine)
+    def _agree(self, share: _Share, requests: Requests) -> WindowResult:
+        """One small reduction of flags; words and ids are exchanged only where there are any."""
+        flags = [
+            len(share.bad), requests.stop, requests.save, requests.broken, share.out_of_memory, share.abandoned,
+            share.failure is not None,
+        ]  # fmt: skip
+        flags = [float(x) for x in flags]
+        if self.accelerator.num_processes > 1:
+            summed = all_reduce_sum(torch.tensor(flags, dtype=torch.float32), self.accelerator.device)
+            flags = summed.tolist()  # device read, first of two a window
+        bad, stop, save, broken, out_of_memory, abandoned, failed = flags
+        failures = gather_object([share.failure]) if failed else []
+        return WindowResult(
+            bad_images=sorted(set(gather_object(share.bad))) if bad else [],
+            stop_requested=stop > 0,
+            save_requested=save > 0,
+            failure=next((text for text in failures if text), None),
+            broken=broken > 0,
+            abandoned=abandoned > 0,
+            out_of_memory=out_of_memory > 0 and not abandoned,
+        )
 
     def _fill_missing(self) -> None:
         for rows in self.groups.values():
@@ -137,7 +217,7 @@ class WindowRunner:
                 if p.grad is None:
                     p.grad = torch.zeros_like(p)
 
-    def _read(self, sums: dict[str, Tensor], total: Tensor, bad: list[int], stop: bool) -> WindowResult:
+    def _read(self, sums: dict[str, Tensor], total: Tensor, result: WindowResult) -> WindowResult:
         """Losses, counts and norms come to the host together: the second of two device reads a window."""
         device = self.accelerator.device
         names = self.loss_names
@@ -147,19 +227,15 @@ class WindowRunner:
         norms = [
             torch.nn.utils.get_total_norm([p.grad for p in rows]).to(torch.float64) for rows in self.groups.values()
         ]
-        read = torch.cat([values, torch.stack(norms), total.to(torch.float64)]).tolist()
-        losses = dict(zip(names, read, strict=False))
-        grad_norms = dict(zip(self.groups, read[len(names) :], strict=False))
-        num_boxes, _, num_images = read[len(names) + len(norms) :]
-        return WindowResult(
-            losses=losses,
-            grad_norms=grad_norms,
-            grad_norm=float(np.sqrt(np.sum(np.square(list(grad_norms.values()))))),
-            num_images=int(num_images),
-            num_boxes=int(num_boxes),
-            stop_requested=stop,
-            bad_images=bad,
-        )
+        health = self.forward_state.health(device)[None]
+        read = torch.cat([values, torch.stack(norms), health, total.to(torch.float64)]).tolist()
+        result.losses = dict(zip(names, read, strict=False))
+        result.grad_norms = dict(zip(self.groups, read[len(names) :], strict=False))
+        result.grad_norm = float(np.sqrt(np.sum(np.square(list(result.grad_norms.values())))))
+        health, num_boxes, _, num_images = read[len(names) + len(norms) :]
+        result.statistics_finite = bool(np.isfinite(health))
+        result.num_images, result.num_boxes = int(num_images), int(num_boxes)
+        return result
 
     @torch.no_grad()
     def clip(self, result: WindowResult, clip_norm: float | None, clip_value: float | None) -> None:
@@ -172,3 +248,40 @@ class WindowRunner:
         if clip_value is not None:
             torch._foreach_clamp_min_(grads, -clip_value)
             torch._foreach_clamp_max_(grads, clip_value)
+
+
+@dataclass
+class _Share:
+    """One process's part of a window, before all agree."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    bad: list[int] = field(default_factory=list)
+    totals: list[Tensor] = field(default_factory=list)
+    out_of_memory: bool = False
+    abandoned: bool = False
+    failure: str | None = None
+
+
+def seed_dropout(seed: int, batch: Batch) -> None:
+    """Dropout depends on where the micro-batch stands in the run, not on what was drawn before it."""
+    entropy = (seed, batch.epoch, batch.positions[0])
+    torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the host; libraries say it in several ways."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    told = ("out of memory", "can't allocate memory", "cudnn_status_alloc_failed", "cublas_status_alloc_failed")
+    return isinstance(error, RuntimeError) and any(words in text for words in told)
+
+
+def _overlap_error(error: Exception) -> Exception:
+    if not is_out_of_memory(error):
+        return error
+    return UserError(
+        "out of memory while gradients were being reduced (dist.overlap), where the other processes cannot be told: "
+        "lower batch.micro, then go on from the last checkpoint with --resume; without dist.overlap the window would "
+        "have been repeated in smaller parts by itself"
+    )

@@ -8,10 +8,10 @@ import sys
 import torch
 
 from detr_accel import models
+from detr_accel.data.sampler import share
 from detr_accel.recipe import loads
 from detr_accel.structures import Batch, Targets
 from detr_accel.train.launch import make_accelerator
-from detr_accel.train.loop import shares
 from detr_accel.train.window import WindowRunner
 
 RECIPE = """
@@ -90,8 +90,8 @@ def main() -> None:
                 model.zero_grad(set_to_none=True)
                 batch = window(kind)
                 batch.images = batch.images.to(dtype)
-                parts = shares(len(sizes), ranks)
-                start, stop = sum(parts[:rank]), sum(parts[: rank + 1])
+                mine = share(len(sizes), rank, ranks)
+                start, stop = mine.start, mine.stop
                 micros = [cut(batch, i, min(i + micro, stop)) for i in range(start, stop, micro)]
                 result = runner.run(micros, all_share=len(sizes) >= ranks)
                 grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}

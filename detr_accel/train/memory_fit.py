@@ -1,0 +1,198 @@
+"""Fitting a window into memory: before the first one by trial, later by cutting it into smaller parts.
+
+``batch.size`` never changes: whatever is done here, the window gives the same gradient (law 1).
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+from collections.abc import Sequence
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+
+from detr_accel import data, models
+from detr_accel.monitor import memory
+from detr_accel.structures import Batch, Targets, UserError
+from detr_accel.train.parts import Parts
+from detr_accel.train.window import is_out_of_memory
+
+# --- while a run goes on
+
+
+def recut(micro_batches: Sequence[Batch], micro: int) -> list[Batch]:
+    """The same images on the same canvas, in parts of at most ``micro``; small enough ones stay as they are."""
+    return [b.part(i, min(i + micro, len(b))) for b in micro_batches for i in range(0, len(b), micro)]
+
+
+def next_micro(micro: int) -> int | None:
+    """The next smaller size to try: the greatest proper divisor, so that cutting up micro-batches that are already here
+    gives what the loader would have given. None below one image."""
+    return next((m for m in range(micro // 2, 0, -1) if micro % m == 0), None)
+
+
+def next_step(model: nn.Module, checkpointed: Sequence[str]) -> tuple[str, ...] | None:
+    """The next step of activation checkpointing; None at the end of the ladder."""
+    return next((step for step in models.checkpointing_ladder(model) if set(step) > set(checkpointed)), None)
+
+
+def make_room(model: nn.Module, state) -> str:
+    """After memory ran out: smaller parts, or activation checkpointing; returns what was done, in words.
+
+    Raises:
+        UserError: there is nothing left to do.
+    """
+    smaller = next_micro(state.micro)
+    if smaller is not None:
+        before, state.micro = state.micro, smaller
+        return (
+            f"out of memory with {before} images in a forward pass; the same window is trained again with {smaller}, "
+            f"and so are all later ones: the same result, more slowly. Set batch.micro={smaller} (or auto) to begin so"
+        )
+    step = next_step(model, state.checkpointed)
+    if step is None:
+        raise UserError(
+            "out of memory with one image in a forward pass and activation checkpointing on everything: lower "
+            "data.augment.scales and max_size, or free memory, then go on with --resume"
+        )
+    models.checkpoint_parts(model, step)
+    state.checkpointed = list(step)
+    parts = ", ".join(step)
+    return (
+        "out of memory with one image in a forward pass; the same window is trained again with activation "
+        f"checkpointing on {parts}: the same result, more slowly. Set model.activation_checkpointing=[{parts}] to "
+        "begin so"
+    )
+
+
+def release(device: torch.device) -> None:
+    """Give back what a failed attempt still holds."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+# --- before the first window
+
+
+def fit(parts: Parts, micro: int | str, checkpointed: Sequence[str] | str) -> tuple[int, list[str], str]:
+    """The largest micro-batch, and the least activation checkpointing, with which the worst window fits.
+
+    Every process tries for itself, without talking; all take the least of what they found.
+
+    Args:
+        micro: a number, or ``auto``.
+        checkpointed: parts, or ``auto``.
+    Returns:
+        micro, the parts that are computed again (already switched on), and a sentence about it.
+    Raises:
+        UserError: not even one image fits.
+    """
+    canvas, most_boxes = data.worst_window(parts.recipe, parts.splits.train)
+    share = len(data.share(parts.recipe.batch.size, 0, parts.accelerator.num_processes))
+    trial = _Trial(parts, canvas, most_boxes, parts.recipe.batch.memory_fraction)
+    ladder = models.checkpointing_ladder(parts.bare) if checkpointed == "auto" else (tuple(checkpointed),)
+    least = 1 if micro == "auto" else min(micro, share)
+    step = next((i for i, step in enumerate(ladder) if _fits_with(trial, step, least)), len(ladder))
+    step = max(gather_object([step]))
+    where = f"the worst window ({canvas[1]}x{canvas[0]} pixels, {most_boxes} boxes an image)"
+    if step == len(ladder):
+        raise UserError(
+            f"memory: {where} with batch.micro {least} needs {_gib(trial.bytes(least))} and {_gib(trial.budget)} may "
+            "be used: lower batch.micro or data.augment.scales and max_size"
+            + ("" if checkpointed == "auto" else ", or set model.activation_checkpointing: auto")
+        )
+    models.checkpoint_parts(parts.bare, ladder[step])
+    if micro == "auto":
+        micro = min(gather_object([trial.largest(share)]))
+    extra = f" and activation checkpointing on {', '.join(ladder[step])}" if ladder[step] else ""
+    need = f"needs {_gib(trial.bytes(micro))} of {_gib(trial.budget)}"
+    return micro, list(ladder[step]), f"memory: {where} {need} with batch.micro {micro}{extra}"
+
+
+def _gib(num_bytes: float) -> str:
+    return "more" if num_bytes == float("inf") else f"{num_bytes / 2**30:.2f} GiB"
+
+
+def _fits_with(trial: _Trial, step: Sequence[str], micro: int) -> bool:
+    """Switch a step of the ladder on (there is no way back down) and try."""
+    models.checkpoint_parts(trial.parts.bare, step)
+    trial.measured = {}
+    return trial.fits(micro)
+
+
+class _Trial:
+    """Runs the worst window's forward and backward and looks at the memory.
+
+    On a GPU each size is really tried. On a CPU an allocation that goes too far ends the process, so one and two images
+    are run and larger sizes are reckoned from them.
+    """
+
+    def __init__(self, parts: Parts, canvas_px: tuple[int, int], most_boxes: int, fraction: float) -> None:
+        self.parts, self.canvas_px, self.most_boxes = parts, canvas_px, most_boxes
+        self.device = parts.accelerator.device
+        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.device.type == "cpu" else 1
+        self.budget = fraction * memory.free_bytes(self.device) / neighbours
+        self.measured: dict[int, float] = {}  # images -> bytes needed; inf where they do not fit
+
+    def fits(self, micro: int) -> bool:
+        return self.bytes(micro) <= self.budget
+
+    def largest(self, share: int) -> int:
+        """The best of the sizes that cut a share into parts as equal as can be; found from below."""
+        sizes = sorted({-(-share // parts) for parts in range(1, share + 1)})
+        return max(itertools.takewhile(self.fits, sizes), default=1)
+
+    def bytes(self, micro: int) -> float:
+        """What ``micro`` images need, above what is held already."""
+        if self.device.type == "cpu" and micro > 1:
+            one = self.bytes(1)
+            if one * micro > self.budget and micro == 2:
+                return one * micro  # not worth the risk of being ended
+            if micro > 2:
+                return one + (micro - 1) * max(self.bytes(2) - one, 0.1 * one)
+        if micro not in self.measured:
+            self.measured[micro] = self._run(micro)
+        return self.measured[micro]
+
+    def _run(self, micro: int) -> float:
+        release(self.device)
+        before = memory.start_peak(self.device)
+        try:
+            for _ in range(2):  # the second time gradients are already there, as in a window of several parts
+                _forward_backward(self.parts, self._batch(micro))
+            return max(1, memory.peak_bytes(self.device) - before)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return float("inf")
+        finally:
+            self.parts.runner.discard()
+            release(self.device)
+
+    def _batch(self, micro: int) -> Batch:
+        height, width = self.canvas_px
+        gen = torch.Generator().manual_seed(0)
+        targets = []
+        for i in range(micro):
+            labels = torch.zeros(self.most_boxes, dtype=torch.int64)
+            boxes = torch.rand(self.most_boxes, 4, generator=gen) * 0.4 + 0.3
+            targets.append(Targets(i, labels, boxes, self.canvas_px, self.canvas_px))
+        images = torch.randn(micro, 3, height, width, generator=gen)
+        return Batch(images, torch.zeros(micro, height, width, dtype=torch.bool), targets, tuple(range(micro)))
+
+
+def _forward_backward(parts: Parts, batch: Batch) -> None:
+    parts.bare.train()
+    parts.criterion.train()
+    parts.runner.forward_state.remember()
+    device = parts.accelerator.device
+    counts = parts.criterion.normalisers(parts.criterion.count(batch.targets).to(device))
+    batch = batch.to(device)
+    with parts.accelerator.autocast():
+        outputs = parts.bare(batch.images, batch.mask)
+    parts.criterion(outputs, batch.targets, counts).total.backward()
+    parts.runner.forward_state.restore()

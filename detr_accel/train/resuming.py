@@ -1,0 +1,142 @@
+"""Where a run goes on: its newest whole checkpoint, or the one of another run that it branches off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from detr_accel import recipe as recipes
+from detr_accel.recipe import Recipe
+from detr_accel.structures import UserError
+from detr_accel.train import changes, checkpoint
+from detr_accel.train.agree import everywhere, on_main
+from detr_accel.train.checkpoint import State
+from detr_accel.train.parts import Parts, measure, schedule_of
+from detr_accel.train.run_folder import RunFolder
+
+
+def wants_resume(run: RunFolder, resume: bool | str) -> bool:
+    """Whether there is something to go on from, and it was asked for.
+
+    Args:
+        resume: False (start), True (go on), ``auto`` (whichever applies).
+    Raises:
+        UserError: a start would write over a run.
+    """
+    there = any(run.checkpoints.glob("window-*"))
+    if resume == "auto":
+        return there
+    if there and not resume:
+        raise UserError(
+            f"{run.path} already holds a run with checkpoints: go on with --resume, or give this one another name with "
+            "name=..."
+        )
+    return bool(resume)
+
+
+def fresh_state(parts: Parts) -> State:
+    layout = {"batch_size": parts.recipe.batch.size, "processes": parts.accelerator.num_processes}
+    return State(layout=layout, fingerprint=parts.splits.train.fingerprint())
+
+
+def restore(parts: Parts, checkpoints: Path, *, branch: bool = False) -> tuple[State, list[str]]:
+    """Put the newest whole checkpoint into the parts, on every process.
+
+    Args:
+        checkpoints: the folder of all; of the parent when a run branches off.
+    Returns:
+        the state, and what to say about it.
+    Raises:
+        UserError: none is whole; other data; a change of the recipe that cannot be.
+    """
+    folder, notes = on_main(parts.accelerator, lambda: checkpoint.load_last(checkpoints))
+    state, more = everywhere(parts.accelerator, lambda: _restore(parts, folder, branch))
+    verb = "branched off" if branch else "resumed from"
+    return state, [*notes, *more, f"{verb} {folder} after window {state.window}"]
+
+
+def _restore(parts: Parts, folder: Path, branch: bool) -> tuple[State, list[str]]:
+    recipe, processes = parts.recipe, parts.accelerator.num_processes
+    before = recipes.loads((folder / "recipe.yaml").read_text(encoding="utf-8"), str(folder / "recipe.yaml"))
+    notes = changes.check(before, recipe, branch=branch, run=str(folder.parents[1]))
+    state = load_into(parts, folder)
+    if state.fingerprint != parts.splits.train.fingerprint():
+        raise UserError(
+            f"the training data differ from those of {folder}: the sample order would not go on where it stopped; put "
+            "the data back, or start a new run with model.init_from set to this one"
+        )
+    old_factor = schedule_of(before, measure(before, len(parts.splits.train)))
+    notes += changes.lr_note(state.step, old_factor, parts.factor, recipe.optim.lr * state.health.lr_factor)
+    if (state.layout or {}).get("processes") != processes:
+        notes.append(_layout_note(state, processes))
+    _keep_fit(state, before, recipe, processes)
+    if branch:
+        state.parent, state.anchor, state.wandb_run_id = str(folder), None, None
+        state.best = state.best_window = state.metrics = state.threshold = None
+        state.evaluated_window = state.window  # the parent's evaluation; none is owed
+    state.layout = {"batch_size": recipe.batch.size, "processes": processes}
+    return state, notes
+
+
+def _keep_fit(state: State, before: Recipe, after: Recipe, processes: int) -> None:
+    """What ``auto`` chose, or what running out of memory left, is kept, unless the person or the layout changed."""
+    if before.batch.micro != after.batch.micro or (state.layout or {}).get("processes") != processes:
+        state.micro = None
+    if before.model.activation_checkpointing != after.model.activation_checkpointing:
+        state.micro, state.checkpointed = None, []
+
+
+def load_into(parts: Parts, folder: Path) -> State:
+    """Weights, average, optimizer and scaler of one checkpoint, on every process."""
+    state = checkpoint.load(folder, model=parts.bare, ema=parts.ema, optimizer=parts.optimizer)
+    if parts.accelerator.scaler is not None and state.scaler:
+        parts.accelerator.scaler.load_state_dict(state.scaler)
+    return state
+
+
+def _layout_note(state: State, processes: int) -> str:
+    before = (state.layout or {}).get("processes")
+    return (
+        f"the checkpoint was written by {before} process(es) and goes on with {processes}: the samples come in the "
+        "same order; sums are rounded differently"
+    )
+
+
+def rollback(parts: Parts, state: State, checkpoints: Path) -> None:
+    """Weights, average, optimizer, statistics and ``step`` go back to the last checkpoint that came by counting. The
+    window, the samples, and the memory of what happened since (evaluations, strikes) go on.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is damaged.
+    """
+    if state.anchor is None:
+        raise UserError(
+            "there is no checkpoint to go back to yet: lower optim.lr or batch.micro and start again, or set "
+            "health.on_nonfinite: rollback, which saves one before the first window"
+        )
+    folder = checkpoints / state.anchor
+    fault = on_main(parts.accelerator, lambda: checkpoint.damage(folder))
+    if fault is not None:
+        raise UserError(f"the checkpoint to go back to, {folder}, is damaged: {fault}; go on with --resume")
+    state.step = everywhere(parts.accelerator, lambda: load_into(parts, folder)).step
+
+
+def start_or_resume(parts: Parts, run: RunFolder, *, resume: bool, branch: Path | None) -> tuple[State, list[str]]:
+    """The state to begin with."""
+    if resume:
+        return restore(parts, run.checkpoints)
+    if branch is not None:
+        return restore(parts, branch / "checkpoints", branch=True)
+    return fresh_state(parts), []
+
+
+def check_branch(branch: Path | None, recipe: Recipe, runs: Path) -> None:
+    """
+    Raises:
+        UserError: no run there, or the branch would write into its parent.
+    """
+    if branch is None:
+        return
+    if not (branch / "checkpoints").is_dir():
+        raise UserError(f"--branch {branch}: there is no run with checkpoints; give a folder such as runs/NAME")
+    if branch.resolve() == (runs / recipe.name).resolve():
+        raise UserError(f"--branch {branch}: the new run needs a name of its own: add name=NEW")

@@ -1,0 +1,43 @@
+"""When a run is asked to stop: by Ctrl-C, by the launcher, or by a scheduler whose time is up."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+SAME_REQUEST_S = 2.0  # schedulers signal the whole group, and launchers relay it: one request, several signals
+WINDOW_S = 10.0  # how long a window may go on after the request; the elastic agent kills after 30 s
+SIGNALS = tuple(s for s in (getattr(signal, n, None) for n in ("SIGTERM", "SIGINT", "SIGUSR1")) if s is not None)
+
+
+class StopSignal:
+    """SIGTERM, SIGINT or SIGUSR1 (SLURM's ``--signal=USR1@60``) ask for a stop: the window in hand is finished, or
+    given up where it lasts too long, and the state saved. A second Ctrl-C, later, interrupts at once.
+
+    Python runs the handler between two instructions of the main thread, so a long kernel delays it.
+    """
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._before = {s: signal.signal(s, self._on) for s in SIGNALS}
+
+    @property
+    def requested(self) -> bool:
+        return self._since is not None
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the window in hand has had its time since the request."""
+        return self._since is not None and time.monotonic() - self._since > WINDOW_S
+
+    def _on(self, number: int, frame: object) -> None:
+        now = time.monotonic()
+        if self._since is None:
+            self._since = now
+        elif number == signal.SIGINT and now - self._since > SAME_REQUEST_S:
+            raise KeyboardInterrupt
+
+    def restore(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
