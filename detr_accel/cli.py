@@ -83,11 +83,11 @@ def _parser() -> argparse.ArgumentParser:
 
     p = verb("eval", _eval, "COCO metrics of a run or checkpoint")
     p.add_argument("model", help="run, checkpoint, model folder, .pth or .safetensors")
-    where = p.add_mutually_exclusive_group()
-    where.add_argument(
-        "--split", default=None, choices=["train", "val"], help="split of the run's own data (default: val)"
+    p.add_argument("--split", choices=["train", "val", "test"], help="default: val, or the only one in --data")
+    p.add_argument("--data", type=Path, help="another COCO folder than the run's; classes are matched by name")
+    p.add_argument(
+        "--precision", default="float32", choices=["float32", "bf16", "fp16"], help="autocast as in training, or none"
     )
-    where.add_argument("--data", type=Path, help="another COCO folder; classes are matched by name")
     _model_options(p)
 
     p = verb("predict", _predict, "boxes, names and scores in images: pictures and COCO json")
@@ -145,7 +145,7 @@ def _eval(args, _) -> int:
 
     metrics, said = evaluation.evaluate_checkpoint(
         args.model, split=args.split, data_folder=args.data, decoder_layers=args.decoder_layers, device=args.device,
-        quiet=args.json,
+        precision=args.precision, quiet=args.json,
     )  # fmt: skip
     print(
         json.dumps(metrics.to_json() | {"notes": said}, indent=1) if args.json else "\n".join([*said, metrics.table()])

@@ -3,6 +3,7 @@
 import configparser
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 import venv
@@ -30,6 +31,23 @@ def test_every_dependency_has_a_lower_bound_that_the_tested_version_meets():
         assert lower, f"{name}: setup.cfg gives no lower bound"
         assert tested, f"{name}: not in constraints.txt"
         assert Version(tested) >= Version(lower), f"{name}: tested {tested} is below its own lower bound {lower}"
+
+
+def test_the_documented_lower_bounds_are_those_of_setup_cfg():
+    text = (ROOT / "docs/dependencies.md").read_text()
+    rows = dict(re.findall(r"^\| ([\w.-]+) \| ([\d.]+) \| .+ \|$", text, re.MULTILINE))
+    assert rows.pop("Python") == DECLARED.python
+    bounds = {r.name: environment.lower_bound(r) for r in DECLARED.required.values()}
+    assert rows == bounds and list(rows)[0] == "torch"
+    assert not re.search(r"@\w+@", text), "a placeholder is left"
+
+
+def test_every_dependency_is_imported_or_says_what_it_is_for():
+    sources = "\n".join(p.read_text() for p in (ROOT / "detr_accel").rglob("*.py"))
+    module = {name: {"pillow": "PIL"}.get(name, name.replace("-", "[._]")) for name in DECLARED.required}
+    idle = [name for name in DECLARED.required if not re.search(rf"(import|from) {module[name]}\b", sources)]
+    text = (ROOT / "setup.cfg").read_text()
+    assert [n for n in idle if f"    # {n}: " not in text] == []
 
 
 def test_the_constraints_are_exact_and_hold_everything_that_the_dependencies_bring():

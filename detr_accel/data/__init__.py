@@ -22,7 +22,7 @@ from detr_accel.recipe import Recipe
 from detr_accel.structures import Batch, Classes, UserError
 
 __all__ = [
-    "ImageFiles", "Source", "Splits", "build", "eval_batches", "eval_source", "share", "train_windows",
+    "ImageFiles", "Source", "Splits", "build", "describe", "eval_batches", "eval_source", "share", "train_windows",
     "windows_per_epoch", "worker_death", "worst_window",
 ]  # fmt: skip
 
@@ -128,7 +128,14 @@ def _cut(source: CocoSource, split_json: dict) -> Splits:
 
 
 def _line(split: str, source: CocoSource) -> str:
-    return f"data: {split}: {source.describe()}; {source.table.path}, images in {source.folder}"
+    return f"data: {split}: {describe(source)}"
+
+
+def describe(source: Source) -> str:
+    """Which images these are, in one line."""
+    if isinstance(source, CocoSource):
+        return f"{source.describe()}; {source.table.path}, images in {source.folder}"
+    return f"{len(source)} procedural shapes"
 
 
 def _unused(train: CocoSource) -> list[str]:
@@ -146,30 +153,33 @@ def _shared_files(train: CocoSource, val: CocoSource) -> list[str]:
 
 
 def eval_source(
-    recipe: Recipe, folder: str | Path | None = None, split: str = "val", split_json: dict | None = None
+    recipe: Recipe, folder: str | Path | None = None, split: str | None = None, split_json: dict | None = None
 ) -> Source:
     """A split to evaluate on.
 
     Args:
         folder: another data set than the recipe's, in COCO form; a folder with a single json is taken whole.
-        split: ``train``, ``val`` or, in a folder that has it, ``test``.
+        split: ``train``, ``val`` or, in a folder that has it, ``test``; None takes val, or the only one of ``folder``.
         split_json: as in ``build``.
     Returns:
         a source with its own class table; match it to the model's by name.
+    Raises:
+        UserError: the split is not there; the message names those that are.
     """
-    if folder is None and (recipe.data.format != "coco" or split in ("train", "val")):
+    wanted = split or "val"
+    if folder is None and (recipe.data.format != "coco" or wanted in ("train", "val")):
         if recipe.data.format == "shapes":
-            return _shapes(recipe, split)
-        return getattr(build(recipe, split_json), split)
+            return _shapes(recipe, wanted)
+        return getattr(build(recipe, split_json), wanted)
     root = Path(folder if folder is not None else recipe.data.root or ".").expanduser()
     found = layout.find_jsons(root)
-    path = layout.pick(found, split, root)
-    if path is None and folder is not None and set(found) == {""}:
-        path, split = layout.pick(found, "", root), ""
+    if folder is not None and len(found) == 1 and (split is None or "" in found):
+        (wanted,) = found
+    path = layout.pick(found, wanted, root)
     if path is None:
         there = ", ".join(s or "one that names no split" for s in found)
-        raise UserError(f"{root} has no json for the split {split!r}, it has: {there}")
-    return _open(path, root, split, None)
+        raise UserError(f"{root} has no json for the split {wanted!r}, it has: {there}; choose with --split")
+    return _open(path, root, wanted, None)
 
 
 def train_windows(

@@ -7,7 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from detr_accel import data, evaluate
-from detr_accel.infer.detector import load
+from detr_accel.infer.detector import Detector, load
 from detr_accel.structures import UserError
 
 
@@ -18,19 +18,21 @@ def evaluate_checkpoint(
     data_folder: Path | None = None,
     decoder_layers: int | None = None,
     device: str = "auto",
+    precision: str = "float32",
     quiet: bool = False,
 ) -> tuple[evaluate.Metrics, list[str]]:
     """Evaluate a run or a checkpoint.
 
     Args:
-        split: ``train`` or ``val`` of the data set in the checkpoint's recipe; val when neither this nor data_folder.
-        data_folder: a COCO folder; its validation split, or its only one. Classes are matched by name.
-        decoder_layers: see ``detector.load``.
+        split: ``train``, ``val`` or ``test``; None takes val, or the only one of data_folder.
+        data_folder: a COCO folder; None takes the data set in the checkpoint's recipe, cut as it was for the training.
+            Classes are matched by name.
+        decoder_layers, device, precision: see ``detector.load``.
     Returns:
-        the metrics, and the sentences that say what was evaluated on what.
+        the metrics, and the sentences that say what was evaluated on what, and how.
     """
-    detector = load(path, decoder_layers=decoder_layers, device=device)
-    source = _source(detector.recipe, split, data_folder)
+    detector = load(path, decoder_layers=decoder_layers, device=device, precision=precision)
+    source = _source(detector, split, data_folder)
     to_category, said = evaluate.match_classes(detector.classes, source.classes)
     recipe = detector.recipe
     batches = data.eval_batches(recipe, source, rank=0, num_ranks=1, mean=detector.model.mean, std=detector.model.std)
@@ -44,15 +46,20 @@ def evaluate_checkpoint(
         backend=recipe.evaluate.backend,
         progress=lambda it: tqdm(it, total=total, desc="evaluate", unit="batch", disable=quiet or None),
     )
-    return metrics, [*detector.notes, *said]
+    return metrics, [*detector.notes, f"data: {data.describe(source)}", *said, _precision_note(detector)]
 
 
-def _source(recipe, split: str | None, folder: Path | None):
-    if folder is not None:
-        return data.eval_source(recipe, folder, "val")
-    if recipe.data.root is not None and not Path(recipe.data.root).is_dir():
-        raise UserError(
-            f"there is no folder {recipe.data.root}, where this checkpoint's recipe has its data: give --data FOLDER"
-        )
-    splits = data.build(recipe)
-    return splits.train if split == "train" else splits.val
+def _source(detector: Detector, split: str | None, folder: Path | None) -> data.Source:
+    root = detector.recipe.data.root
+    if folder is None and root is not None and not Path(root).is_dir():
+        raise UserError(f"there is no folder {root}, where this checkpoint's recipe has its data: give --data FOLDER")
+    return data.eval_source(detector.recipe, folder, split, detector.split)
+
+
+def _precision_note(detector: Detector) -> str:
+    """In which precision these figures were taken, and the run's own where they differ."""
+    sentence = f"evaluated in {detector.precision}"
+    trained = detector.meta.get("precision") or detector.recipe.precision
+    if trained in ("bf16", "fp16") and trained != detector.precision:
+        sentence += f"; the run took its own figures in {trained}, as --precision {trained} does"
+    return sentence

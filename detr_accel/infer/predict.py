@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from detr_accel import data
-from detr_accel.infer.detector import load
+from detr_accel.infer.detector import Detector, load
 from detr_accel.structures import Classes, Detections, UserError
 
 DEFAULT_THRESHOLD = 0.7  # DETR's own demonstration, for checkpoints that were never evaluated here
@@ -41,7 +41,7 @@ def predict(
         UserError: no images, an unreadable one, an output folder that cannot be written.
     """
     detector = load(path, decoder_layers=decoder_layers, device=device)
-    threshold, why = _threshold(threshold, detector.threshold)
+    threshold, why = _threshold(threshold, detector)
     source = data.ImageFiles(images)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -67,12 +67,19 @@ def predict(
     return {"images": len(source), "objects": len(rows), "threshold": threshold, "out": str(out), "notes": notes}
 
 
-def _threshold(asked: float | None, stored: float | None) -> tuple[float, str]:
+def _threshold(asked: float | None, detector: Detector) -> tuple[float, str]:
+    """The least score, and where it comes from."""
+    meta = detector.meta
     if asked is not None:
         return asked, "as asked"
-    if stored is not None:
-        return stored, "best F1 on the checkpoint's validation set"
-    return DEFAULT_THRESHOLD, "the checkpoint stores none; set it with --threshold"
+    if meta.get("threshold") is None:
+        return DEFAULT_THRESHOLD, "the checkpoint stores none; set it with --threshold"
+    why = "best F1 on the checkpoint's validation set"
+    if meta.get("metrics_window") not in (None, meta.get("window")):
+        why += f" at window {meta['metrics_window']}"
+    if detector.cut_from is not None:
+        why += f", measured with all {detector.cut_from} decoder layers"
+    return meta["threshold"], why
 
 
 def _above(found: Detections, threshold: float) -> Detections:

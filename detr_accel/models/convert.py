@@ -47,7 +47,7 @@ def read(path: str | Path, *, dc5: bool | None = None, num_heads: int | None = N
         dc5: whether the last stage is dilated, where the file does not say (an official ``.pth``): default no.
         num_heads: likewise, default 8.
     Returns:
-        the detector under our names, complete; ``report`` says what was left out.
+        the detector under our names, complete; ``report`` says which weights these are and what was left out.
     Raises:
         UserError: not there, damaged, not a DETR, with masks, or contradicting dc5 or num_heads.
     """
@@ -68,6 +68,7 @@ def read(path: str | Path, *, dc5: bool | None = None, num_heads: int | None = N
     if num_heads is not None and num_heads != heads:
         raise UserError(f"{path} says itself that it has {heads} heads, not {num_heads}: leave num_heads out")
     architecture.check(loaded.state_dict, loaded.recipe, len(loaded.classes), path)
+    loaded.report.insert(0, weights.which(loaded))
     return loaded
 
 
@@ -221,7 +222,7 @@ def _cut(loaded: Loaded) -> tuple[Loaded, str]:
 
 
 def _write_ours(loaded: Loaded, path: Path) -> list[str]:
-    weights.save(path, loaded.state_dict, recipes.dumps(loaded.recipe), loaded.classes, loaded.meta)
+    weights.save(path, loaded.state_dict, recipes.dumps(loaded.recipe), loaded.classes, loaded.meta, loaded.split)
     if loaded.recipe.data.root == architecture.DATA_ROOT and "format" in loaded.meta:
         return [f"recipe.yaml: data.root is {architecture.DATA_ROOT}, a stand-in; the file knows no data set"]
     return []

@@ -1,8 +1,10 @@
 """The model folder: what a trained detector is on disk.
 
 ``model.safetensors`` (keys free of wrapper prefixes), ``recipe.yaml`` (resolved), ``classes.json`` (label -> name and
-category id) and ``meta.json``: which ``weights`` these are (``ema`` or ``raw``), by which ``metric`` with which
-``value`` they were chosen, after which ``window``, and the score ``threshold`` of best F1. Nothing here is pickled.
+category id), ``meta.json`` and, where one json was cut in two, ``split.json`` (the image ids of each part). The meta
+say which ``weights`` these are (``ema`` or ``raw``), after which ``window``, by which ``metric`` the best are chosen,
+and of the last evaluation the ``metrics``, the ``metrics_window`` and the score ``threshold`` of best F1. Nothing is
+pickled.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from detr_accel.models.keymaps import StateDict, strip_wrappers
 from detr_accel.structures import Classes, UserError
 
 MODEL, RECIPE, CLASSES, META = "model.safetensors", "recipe.yaml", "classes.json", "meta.json"
+SPLIT = "split.json"
 _REMEDY = "copy it again or take another checkpoint"
 
 
@@ -34,6 +37,28 @@ class Loaded:
     meta: dict[str, Any]
     folder: Path
     report: list[str] = field(default_factory=list)
+    split: dict[str, Any] | None = None  # the image ids that it was trained and validated on, as data.build takes them
+
+
+def which(loaded: Loaded) -> str:
+    """One sentence: which weights these are, of which window, and what they came to by which metric."""
+    meta = loaded.meta
+    window = f" of window {meta['window']}" if "window" in meta else ""
+    return f"weights: {meta.get('weights', 'as converted')}{window} from {loaded.folder}{_measured(meta)}"
+
+
+def _measured(meta: dict[str, Any]) -> str:
+    """What the last evaluation said of weights that a run saved; it may be older than they are."""
+    if "window" not in meta:
+        return ""
+    at = meta.get("metrics_window", "unknown")
+    if meta.get("metrics") is None or at is None:
+        return ", never evaluated"
+    value = meta["metrics"].get(meta["metric"])
+    said = f"{meta['metric']} {'undefined' if value is None else format(value, '.4f')} on its validation set"
+    if at == meta["window"]:
+        return f": {said}"
+    return f", at its last evaluation: {said}" if at == "unknown" else f", last evaluated at window {at}: {said}"
 
 
 def save(
@@ -42,6 +67,7 @@ def save(
     recipe_yaml: str,
     classes: Classes,
     meta: dict[str, Any] | None = None,
+    split: dict[str, Any] | None = None,
 ) -> None:
     """Write a model folder.
 
@@ -50,6 +76,7 @@ def save(
         model: a module, wrapped or not, or its state dict.
         recipe_yaml: the resolved recipe, ``recipe.dumps``.
         meta: see the module's docstring; anything json can hold.
+        split: likewise; None writes no such file.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,6 +85,8 @@ def save(
     (folder / RECIPE).write_text(recipe_yaml, encoding="utf-8")
     (folder / CLASSES).write_text(to_json(classes.to_json()), encoding="utf-8")
     (folder / META).write_text(to_json(meta or {}), encoding="utf-8")
+    if split is not None:
+        (folder / SPLIT).write_text(to_json(split), encoding="utf-8")
 
 
 def load(path: str | Path, which: str | None = None) -> Loaded:
@@ -72,7 +101,7 @@ def load(path: str | Path, which: str | None = None) -> Loaded:
     classes = _read_classes(folder / CLASSES)
     check_head(state, classes, folder)
     meta = read_json(folder / META) if (folder / META).exists() else {}
-    return Loaded(state, recipe, classes, meta, folder)
+    return Loaded(state, recipe, classes, meta, folder, split=_read_split(folder))
 
 
 def find(path: str | Path, which: str | None = None) -> Path:
@@ -164,6 +193,18 @@ def _read_classes(path: Path) -> Classes:
         return Classes.from_json(data)
     except (KeyError, TypeError, AssertionError):
         raise UserError(f"{path} is no class table: it needs names and category_ids, lists of equal length") from None
+
+
+def _read_split(folder: Path) -> dict[str, Any] | None:
+    """The split in the folder itself, or else in the run whose checkpoint it is."""
+    runs = [p.parent for p in folder.resolve().parents[:2] if p.name == "checkpoints"]
+    path = next((p / SPLIT for p in (folder, *runs) if (p / SPLIT).is_file()), None)
+    if path is None:
+        return None
+    split = read_json(path)
+    if not isinstance(split, dict) or not {"seed", "train", "val"} <= split.keys():
+        raise UserError(f"{path} is no saved split (a seed, and the image ids of train and val): {_REMEDY}")
+    return split
 
 
 def read_json(path: Path) -> Any:

@@ -91,6 +91,7 @@ class Saver:
             "weights": "raw" if self.parts.ema is None else "ema", "metric": recipe.evaluate.metric,
             "metrics": state.metrics, "metrics_window": state.evaluated_window, "threshold": state.threshold,
             "window": state.window, "step": state.step, "parent": state.parent,
+            "precision": self.parts.accelerator.mixed_precision,
         }  # fmt: skip
         files = {
             "recipe.yaml": recipes.dumps(recipe),

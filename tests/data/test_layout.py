@@ -168,6 +168,10 @@ def test_evaluation_finds_the_split_of_another_folder(tmp_path, write_split, rec
     with pytest.raises(UserError, match="no json for the split 'test', it has: train, val"):
         short_names(tmp_path / "two", write_split)
         data.eval_source(recipe, tmp_path / "two", "test")
+    write_split(tmp_path / "only" / "test" / "_annotations.coco.json", tmp_path / "only" / "test", 4)
+    assert len(data.eval_source(recipe, tmp_path / "only")) == 4, "the only json there is"
+    with pytest.raises(UserError, match="no json for the split 'val', it has: test; choose with --split"):
+        data.eval_source(recipe, tmp_path / "only", "val")
     assert len(data.eval_source(recipe_for(tmp_path / "rf"), None, "val")) == 3
     assert data.eval_source(recipe, None, "val").name(0) == "shapes/val/0"
 

@@ -33,6 +33,14 @@ def launch(folder: Path, *arguments: str, processes: int = 1, launcher: list[str
     )  # fmt: skip
 
 
+def launch_script(script: Path, processes: int, *arguments: str, timeout: int = 280):
+    """``accelerate launch`` of a test's own script on the CPU; returns the finished process."""
+    flags = ["--config_file", str(ROOT / "accelerate_config.yaml"), "--num_processes", str(processes)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "--main_process_port", "0"]
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([*command, str(script), *arguments], env=env, capture_output=True, text=True, timeout=timeout)
+
+
 def verb(folder: Path, *arguments: str, timeout: int = 280):
     """``detr-accel VERB ...``; returns the finished process."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -2,15 +2,29 @@
 
 import importlib.util
 import json
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-_spec = importlib.util.spec_from_file_location("runs", Path(__file__).with_name("runs.py"))
-runs = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(runs)
+from detr_accel import data, recipe
+from detr_accel.infer.evaluation import evaluate_checkpoint
+
+
+def _helper(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+HERE = Path(__file__).parent
+runs = _helper(HERE / "runs.py")
+sharded_eval = _helper(HERE / "sharded_eval.py")
+wandb_file = _helper(HERE.parent / "monitor/wandb_file.py")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +42,6 @@ def test_a_run_leaves_what_the_design_promises(finished):
     for name in ("recipe.yaml", "metrics.jsonl", "alarms.jsonl", "checkpoints/last/manifest.json", "checkpoints/best"):
         assert (run / name).exists(), name
     assert (run / "alarms.jsonl").read_text() == ""
-    assert list((run / "wandb").glob("offline-run-*/run-*.wandb"))
     windows = [r["window"] for r in runs.rows(run / "metrics.jsonl") if "train/loss" in r]
     assert windows == [1, 2, 3, 4, 5, 6], "22 images in windows of 8 are 3 windows an epoch, the last one short"
     assert "batch: 8 images per step = 1 process x 2 micro-batches x 4 images" in done.stdout + done.stderr
@@ -70,8 +83,84 @@ def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(finished):
     assert train[0] == train[1]
 
 
-@pytest.mark.law1
+@pytest.fixture(scope="module")
+def wandb_run(finished):
+    run = finished[0] / "runs" / "a"
+    source = data.eval_source(recipe.load(run / "recipe.yaml"), None, "val")
+    return wandb_file.records(run), next(run.glob("wandb/offline-run-*/files")), source
+
+
+def evaluations(records) -> list[dict]:
+    return [row for row in wandb_file.history(records) if "val/AP" in row]
+
+
+def test_wandb_has_the_numbers_of_every_evaluation_in_a_row_of_its_window(finished, wandb_run):
+    logged = [r for r in runs.rows(finished[0] / "runs/a/metrics.jsonl") if "val/AP" in r]
+    found = evaluations(wandb_run[0])
+    assert [r["train/window"] for r in found] == [r["window"] for r in logged] == [3, 6]
+    for row, own in zip(found, logged, strict=True):
+        numbers = {k: v for k, v in own.items() if k.startswith("val/") and isinstance(v, int | float)}
+        assert len(numbers) >= 12 and {k: row[k] for k in numbers} == numbers
+
+
+def test_wandb_has_the_best_value_in_its_summary(wandb_run):
+    values = [row["val/AP"] for row in evaluations(wandb_run[0])]
+    assert wandb_file.summary(wandb_run[0])["val/AP"] == {"max": max(values), "last": values[-1]}
+    assert wandb_file.summary(wandb_run[0])["val/weights"] == "ema"
+
+
+def test_wandb_has_a_table_with_a_row_per_class(wandb_run):
+    found, files, source = wandb_run
+    truth = source.ground_truth()
+    counts = Counter(a["category_id"] for a in truth["annotations"])
+    for row in evaluations(found):
+        table = json.loads((files / row["val/per_class.path"]).read_text())
+        assert table["columns"] == ["class", "AP", "objects"]
+        expected = {c["name"]: counts[c["id"]] for c in truth["categories"]}
+        assert {name: objects for name, _, objects in table["data"]} == expected
+        assert all((ap is None) == (objects == 0) for _, ap, objects in table["data"])
+
+
+def test_wandb_has_the_same_pictures_with_true_and_predicted_boxes_each_time(wandb_run):
+    found, files, source = wandb_run
+    for row in evaluations(found):
+        names, layers = row["val/panel.filenames"], row["val/panel.all_boxes"]
+        assert len(names) == len(layers) == 7, "no more images than the split has"
+        for i, (name, boxes) in enumerate(zip(names, layers, strict=True)):
+            assert np.asarray(Image.open(files / name)).std() > 5, "a picture, not a blank"
+            shown = {k: json.loads((files / boxes[k]["path"]).read_text())["box_data"] for k in ("truth", "prediction")}
+            assert [box["class_id"] for box in shown["truth"]] == source.sample(i).labels.tolist()
+            assert len(shown["prediction"]) <= 10, "as many as the model has queries"
+        assert [f"image {source.image_id(i)}" for i in range(7)] == row["val/panel.captions"]
+
+
+def test_a_launch_without_any_config_trains(tmp_path):
+    done = runs.launch(tmp_path, *runs.TINY, "schedule.epochs=1", "name=bare", launcher=[])
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert not (tmp_path / "hf" / "accelerate").exists(), "HF_HOME holds no default config"
+    assert json.loads((tmp_path / "runs/bare/status.json").read_text())["state"] == "done"
+    assert "precision float32, 1 process" in done.stdout + done.stderr
+
+
 @pytest.mark.law5
+@pytest.mark.skipif(not sharded_eval.COCO_FREE.exists(), reason=f"no images at {sharded_eval.COCO_FREE}")
+def test_one_checkpoint_gives_the_same_numbers_on_one_process_and_on_two(tmp_path):
+    sharded_eval.fit(sharded_eval.COCO_FREE, tmp_path / "checkpoint")
+    arguments = [str(tmp_path / "checkpoint"), str(sharded_eval.COCO_FREE)]
+    one, two = (runs.launch_script(HERE / "sharded_eval.py", n, *arguments, str(tmp_path / f"{n}")) for n in (1, 2))
+    assert one.returncode == two.returncode == 0, one.stderr[-2000:] + two.stderr[-2000:]
+    results = [json.loads((tmp_path / name).read_text()) for name in ("1.0", "2.0", "2.1")]
+    assert [r["processes"] for r in results] == [1, 2, 2]
+    values = results[0]["values"]
+    assert len(values) == 12 and all(value > 0 for value in values.values()), "zeros would agree by themselves"
+    assert results[0]["whole"] == results[1]["whole"] == results[2]["whole"]
+    alone, _ = evaluate_checkpoint(
+        tmp_path / "checkpoint", data_folder=sharded_eval.COCO_FREE, split="val", device="cpu", quiet=True
+    )
+    assert alone.to_json() == results[0]["whole"], "detr-accel eval says the same"
+
+
+@pytest.mark.law1
 def test_two_processes_start_like_one_and_count_each_image_once(finished):
     folder, _ = finished
     two = runs.launch(folder, *runs.TINY, "name=two", processes=2)

@@ -134,6 +134,17 @@ def test_a_safetensors_file_with_official_names_is_read(official, tmp_path):
     assert len(convert.read(tmp_path / "detr.safetensors").state_dict) == len(official)
 
 
+def test_reading_says_which_weights_and_by_which_metric(pth, tmp_path):
+    meta = {"weights": "ema", "metric": "AP", "metrics": {"AP": 0.5}, "window": 40, "metrics_window": 30}
+    loaded = replace(convert.read(pth()), meta=meta, split={"seed": 0, "train": [1], "val": [2]})
+    convert.write(loaded, tmp_path / "run")
+    sentence = f"weights: ema of window 40 from {tmp_path / 'run'}, last evaluated at window 30: AP 0.5000"
+    lines = convert.write(convert.read(tmp_path / "run"), tmp_path / "copy")
+    assert lines[0].startswith(sentence)
+    assert convert.read(tmp_path / "copy").split == loaded.split
+    assert said(convert.init_from(tiny_model(91), coco_91(), tmp_path / "run"), sentence)
+
+
 def test_what_lies_beside_the_weights_is_named_as_left_out(pth, official):
     content = {"model": official, "optimizer": {"state": {}}, "lr_scheduler": {"last_epoch": 3}, "epoch": 3}
     assert said(convert.read(pth(content)).report, "left out", "epoch, lr_scheduler, optimizer")

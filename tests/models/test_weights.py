@@ -12,7 +12,10 @@ from detr_accel.structures import Classes, UserError
 
 CLASSES = Classes((None, "cat", "traffic light"), (None, 17, 10))
 RECIPE = recipes.Recipe(name="tiny", data=recipes.Data(root="/data"), optim=recipes.Optim(lr=3e-5))
-META = {"weights": "ema", "metric": "AP", "value": 0.25, "window": 12, "threshold": 0.5}
+META = {
+    "weights": "ema", "metric": "AP", "metrics": {"AP": 0.25}, "window": 12, "metrics_window": 12, "threshold": 0.5
+}  # fmt: skip
+SPLIT = {"seed": 0, "val_fraction": 0.5, "train": [3, 8], "val": [5]}
 
 
 class Tiny(nn.Module):
@@ -153,3 +156,45 @@ def test_a_model_folder_can_be_moved(tmp_path):
     write(tmp_path / "m")
     shutil.move(tmp_path / "m", tmp_path / "elsewhere")
     assert weights.load(tmp_path / "elsewhere").meta == META
+
+
+@pytest.mark.parametrize("meta, sentence", [
+    ({}, ": AP 0.2500 on its validation set"),
+    ({"window": 40, "metrics_window": 30}, ", last evaluated at window 30: AP 0.2500 on its validation set"),
+    ({"metrics": None, "metrics_window": None}, ", never evaluated"),
+    ({"metrics": {"AP": None}}, ": AP undefined on its validation set"),
+])  # fmt: skip
+def test_a_value_is_told_with_the_window_that_it_was_measured_at(tmp_path, meta, sentence):
+    loaded = weights.load(write(tmp_path / "m", meta=META | meta))
+    assert weights.which(loaded) == f"weights: ema of window {loaded.meta['window']} from {tmp_path / 'm'}{sentence}"
+
+
+def test_a_value_of_unknown_window_claims_none(tmp_path):
+    loaded = weights.load(write(tmp_path / "m", meta={k: v for k, v in META.items() if k != "metrics_window"}))
+    assert weights.which(loaded).endswith(", at its last evaluation: AP 0.2500 on its validation set")
+
+
+def test_foreign_weights_claim_no_window(tmp_path):
+    loaded = weights.load(write(tmp_path / "m", meta={"weights": "raw", "format": "official"}))
+    assert weights.which(loaded) == f"weights: raw from {tmp_path / 'm'}"
+
+
+def test_the_saved_split_is_read_from_the_checkpoint_or_else_from_its_run(tmp_path):
+    run = tmp_path / "run"
+    write(run / "checkpoints" / "window-00000012")
+    (run / "checkpoints" / "best").symlink_to("window-00000012")
+    assert weights.load(run).split is None
+    (run / "split.json").write_text(weights.to_json(SPLIT))
+    for path in (run, run / "checkpoints" / "best", run / "checkpoints" / "window-00000012"):
+        assert weights.load(path).split == SPLIT
+    own = SPLIT | {"val": [3], "train": [5, 8]}
+    (run / "checkpoints" / "best" / "split.json").write_text(weights.to_json(own))
+    assert weights.load(run).split == own
+    assert weights.load(write(tmp_path / "copy", split=own)).split == own
+
+
+@pytest.mark.parametrize("text, words", [("{", "not valid json"), ("[1]", "no saved split"), ("{}", "no saved split")])
+def test_a_damaged_split_is_named(tmp_path, text, words):
+    (write(tmp_path / "m") / "split.json").write_text(text)
+    with pytest.raises(UserError, match=f"split.json is {words}"):
+        weights.load(tmp_path / "m")

@@ -1,0 +1,156 @@
+"""``detr-accel eval``: on the images that the run validated on, or on those that were asked for; and it says which."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from detr_accel import cli, data
+from detr_accel.data.shapes import CLASSES
+from detr_accel.infer import detector
+from detr_accel.infer.evaluation import evaluate_checkpoint
+from detr_accel.structures import UserError
+
+
+def evaluated(path, **options):
+    return evaluate_checkpoint(path, device="cpu", quiet=True, **options)
+
+
+def said(notes, *parts):
+    return any(all(p in line for p in parts) for line in notes)
+
+
+@pytest.mark.parametrize("place", ["checkpoint", "run"])
+def test_images_that_came_later_do_not_change_the_split_that_is_evaluated(tmp_path, make_run, make_coco, place):
+    root = make_coco(tmp_path / "mine", 10)
+    checkpoint = make_run(root)
+    split = data.build(detector.load(checkpoint, device="cpu").recipe).split_json
+    folder = checkpoint if place == "checkpoint" else tmp_path / "run"
+    (folder / "split.json").write_text(json.dumps(split))
+    before, _ = evaluated(tmp_path / "run")
+    make_coco(root, 20)
+    after, _ = evaluated(tmp_path / "run")
+    assert before.num_images == 3 and after.to_json() == before.to_json()
+    rest, _ = evaluated(tmp_path / "run", split="train")
+    assert rest.num_images == 7
+    (folder / "split.json").unlink()
+    assert evaluated(tmp_path / "run")[0].num_images == 6, "without it the seed cuts the 20 images anew"
+
+
+def test_an_image_of_the_split_that_is_gone_is_named(tmp_path, make_run, make_coco):
+    root = make_coco(tmp_path / "mine", 4)
+    make_run(root, split={"seed": 0, "train": [1, 2], "val": [99]})
+    with pytest.raises(UserError, match="no longer has image 99"):
+        evaluated(tmp_path / "run")
+
+
+@pytest.mark.parametrize("split", ["test", "train", ""])
+def test_the_only_json_of_another_folder_is_taken(tmp_path, make_run, make_coco, split):
+    make_run()
+    other = make_coco(tmp_path / "other", 4, split=split)
+    metrics, notes = evaluated(tmp_path / "run", data_folder=other)
+    assert metrics.num_images == 4 and said(notes, "data: 4 images", str(other))
+
+
+def test_a_split_of_another_folder_can_be_chosen(tmp_path, make_run, make_coco, capsys):
+    make_run()
+    for split, count in (("train", 5), ("valid", 4), ("test", 3)):
+        make_coco(tmp_path / "other", count, split=split)
+    command = ["eval", str(tmp_path / "run"), "--data", str(tmp_path / "other"), "--device", "cpu", "--json"]
+    for split, count in (("train", 5), ("val", 4), ("test", 3), (None, 4)):
+        assert cli.main(command + (["--split", split] if split else [])) == 0
+        assert json.loads(capsys.readouterr().out)["num_images"] == count
+
+
+def test_a_split_that_is_not_there_is_refused_with_those_that_are(tmp_path, make_run, make_coco, capsys):
+    make_run()
+    for split in ("train", "test"):
+        make_coco(tmp_path / "other", 3, split=split)
+    assert cli.main(["eval", str(tmp_path / "run"), "--data", str(tmp_path / "other")]) == 2
+    assert "it has: test, train; choose with --split" in capsys.readouterr().err
+
+
+def test_the_test_split_of_the_runs_own_folder_can_be_evaluated(tmp_path, make_run, make_coco):
+    for split, count in (("train", 5), ("valid", 4), ("test", 3)):
+        make_coco(tmp_path / "mine", count, split=split)
+    make_run(tmp_path / "mine")
+    assert [evaluated(tmp_path / "run", split=s)[0].num_images for s in ("train", "val", "test")] == [5, 4, 3]
+
+
+def test_classes_of_another_folder_are_matched_by_name(tmp_path, make_run, make_coco):
+    make_run()
+    same, _ = evaluated(tmp_path / "run", data_folder=make_coco(tmp_path / "same", 30))
+    other = [{"id": 70 - i, "name": name.upper()} for i, name in enumerate(CLASSES.names)]
+    other.append({"id": 90, "name": "yak"})
+    renamed, notes = evaluated(tmp_path / "run", data_folder=make_coco(tmp_path / "other", 30, categories=other))
+    one, two = (m.to_json() for m in (same, renamed))
+    assert [two[name] for name in same.values] == [one[name] for name in same.values] and one["AR100"] > 0
+    assert said(notes, "6 of the data set's 7 classes matched by name") and said(notes, "never found: yak")
+
+
+def test_classes_without_a_common_name_are_refused_in_one_sentence(tmp_path, make_run, make_coco, capsys):
+    make_run()
+    other = [{"id": i + 1, "name": f"cell {i}"} for i in range(len(CLASSES))]
+    make_coco(tmp_path / "other", 3, categories=other)
+    assert cli.main(["eval", str(tmp_path / "run"), "--data", str(tmp_path / "other")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "the model knows circle, square" in error and "data set has cell 0" in error
+
+
+def test_a_folder_that_has_moved_away_is_named_with_the_way_out(tmp_path, make_run):
+    make_run(tmp_path / "gone")
+    with pytest.raises(UserError, match="there is no folder .*gone.*give --data FOLDER"):
+        evaluated(tmp_path / "run")
+
+
+def test_the_precision_of_the_figures_is_said(tmp_path, make_run, make_coco):
+    root = make_coco(tmp_path / "mine", 6)
+    make_run(root, "precision: bf16\n")
+    _, notes = evaluated(tmp_path / "run")
+    assert notes[-1] == "evaluated in float32; the run took its own figures in bf16, as --precision bf16 does"
+    _, notes = evaluated(tmp_path / "run", precision="bf16")
+    assert notes[-1] == "evaluated in bf16"
+
+
+def test_bf16_evaluates_as_the_training_does(tmp_path, make_run, make_coco):
+    root = make_coco(tmp_path / "mine", 6)
+    make_run(root)
+    ours = detector.load(tmp_path / "run", device="cpu", precision="bf16")
+    plain = detector.load(tmp_path / "run", device="cpu")
+    source = data.eval_source(ours.recipe, root, None)
+    (batch, *_) = data.eval_batches(ours.recipe, source, rank=0, num_ranks=1, mean=ours.model.mean, std=ours.model.std)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        expected = plain.model(batch.images, batch.mask)["pred_logits"].float().softmax(-1)[..., :-1].amax(-1)
+    for found, scores, other in zip(ours(batch), expected, plain(batch), strict=True):
+        assert np.array_equal(found.scores, scores.sort(descending=True).values.numpy())
+        assert not np.array_equal(found.scores, other.scores)
+
+
+def test_fp16_on_a_cpu_is_refused(tmp_path, make_run, capsys):
+    make_run()
+    assert cli.main(["eval", str(tmp_path / "run"), "--device", "cpu", "--precision", "fp16"]) == 2
+    assert "--precision fp16 does nothing on a CPU" in capsys.readouterr().err
+
+
+def test_weights_are_told_with_the_window_of_their_value(tmp_path, make_run, make_coco, capsys):
+    make_run(make_coco(tmp_path / "mine", 6), window=40, metrics_window=30)
+    assert cli.main(["eval", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("weights: ema of window 40 from ")
+    assert first.endswith("checkpoints/best, last evaluated at window 30: AP 0.2500 on its validation set")
+
+
+def test_fewer_decoder_layers_give_that_layers_answer(tmp_path, make_run, make_coco):
+    root = make_coco(tmp_path / "mine", 6)
+    make_run(root)
+    whole, first = (detector.load(tmp_path / "run", device="cpu", decoder_layers=n) for n in (None, 1))
+    source = data.eval_source(whole.recipe, root, None)
+    (batch, *_) = data.eval_batches(
+        whole.recipe, source, rank=0, num_ranks=1, mean=whole.model.mean, std=whole.model.std
+    )
+    with torch.inference_mode():
+        expected = whole.model(batch.images, batch.mask)["aux_outputs"][0]
+        found = first.model(batch.images, batch.mask)
+    assert all(torch.equal(found[key], expected[key]) for key in ("pred_logits", "pred_boxes"))
+    assert "decoder: 1 of 3 layers" in first.notes and first.cut_from == 3

@@ -1,0 +1,109 @@
+"""``detr-accel predict``: what scores above the threshold is drawn and listed, with the threshold and its origin."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from detr_accel import cli
+from detr_accel.infer.predict import DEFAULT_THRESHOLD, draw
+from detr_accel.structures import Classes, Detections
+
+GREY = 120
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two photos of one grey, so that whatever else is in a picture was drawn."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(2):
+        Image.new("RGB", (320 + 40 * i, 240), (GREY, GREY, GREY)).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def predicted(tmp_path, photos, capsys):
+    """Runs the verb and returns (rows of detections.json, printed text, folder of pictures)."""
+
+    def run(*options: str, out: str = "found"):
+        command = ["predict", str(tmp_path / "run"), str(photos), "--out", str(tmp_path / out), "--device", "cpu"]
+        assert cli.main([*command, *options]) == 0
+        rows = json.loads((tmp_path / out / "detections.json").read_text())
+        return rows, capsys.readouterr().out, tmp_path / out
+
+    return run
+
+
+def test_the_threshold_of_the_checkpoint_is_used_and_said(make_run, predicted):
+    checkpoint = make_run()
+    every, _, _ = predicted("--threshold", "0", out="every")
+    scores = sorted(row["score"] for row in every)
+    threshold = (scores[30] + scores[90]) / 2
+    meta = json.loads((checkpoint / "meta.json").read_text())
+    (checkpoint / "meta.json").write_text(json.dumps(meta | {"threshold": threshold}))
+    rows, said, _ = predicted()
+    assert len(every) == 120 and 0 < len(rows) < 120
+    assert rows == [row for row in every if row["score"] >= threshold]
+    assert f"score >= {threshold:.3f} (best F1 on the checkpoint's validation set)" in said
+
+
+@pytest.mark.parametrize("meta, options, words", [
+    ({}, (), "0.400 (best F1 on the checkpoint's validation set)"),
+    ({}, ("--decoder-layers", "1"), "validation set, measured with all 3 decoder layers)"),
+    ({}, ("--decoder-layers", "3"), "0.400 (best F1 on the checkpoint's validation set)"),
+    ({"metrics_window": 9}, (), "0.400 (best F1 on the checkpoint's validation set at window 9)"),
+    ({"threshold": None}, (), f"{DEFAULT_THRESHOLD:.3f} (the checkpoint stores none; set it with --threshold)"),
+    ({}, ("--threshold", "0.9"), "0.900 (as asked)"),
+])  # fmt: skip
+def test_the_threshold_says_where_it_comes_from(make_run, predicted, meta, options, words):
+    make_run(**meta)
+    assert words in predicted(*options)[1]
+
+
+def test_weights_that_were_never_evaluated_are_called_so(make_run, predicted):
+    make_run(metrics=None, metrics_window=None, threshold=None)
+    _, said, _ = predicted()
+    assert said.splitlines()[0].startswith("weights: ema of window 12 from ") and "never evaluated" in said
+
+
+def test_fewer_decoder_layers_find_something_else(make_run, predicted):
+    make_run()
+    whole, first = predicted("--threshold", "0"), predicted("--threshold", "0", "--decoder-layers", "1", out="first")
+    assert "decoder: 1 of 3 layers" in first[1] and "decoder:" not in whole[1]
+    assert len(first[0]) == len(whole[0]) and first[0] != whole[0]
+
+
+def test_boxes_are_drawn_where_they_were_found(make_run, predicted):
+    make_run()
+    rows, _, out = predicted("--threshold", "0.5")
+    assert sorted(p.name for p in out.glob("*.jpg")) == ["00000_0.jpg", "00001_1.jpg"] and rows
+    for index, path in enumerate(sorted(out.glob("*.jpg"))):
+        picture = np.asarray(Image.open(path).convert("RGB")).astype(int)
+        drawn = np.abs(picture - GREY).max(2) > 24  # JPEG alone moves a grey by less
+        boxes = [row["bbox"] for row in rows if row["image_id"] == index + 1]
+        for x, y, w, h in boxes:
+            columns = np.clip(np.round([x, x + w]), 0, picture.shape[1] - 1).astype(int)
+            lines = np.clip(np.round([y, y + h]), 0, picture.shape[0] - 1).astype(int)
+            middle = drawn[lines[0] : lines[1] + 1, max(0, columns[0] - 1) : columns[0] + 2]
+            assert middle.any(1).mean() > 0.9, "the left side"
+        assert bool(boxes) == drawn.any()
+
+
+def test_a_drawn_box_changes_its_border_and_not_its_inside():
+    image = np.full((200, 300, 3), GREY, np.uint8)
+    boxes = np.array([[50, 60, 250, 180], [-20, 100, 40, 400]], np.float32)  # the second reaches out of the picture
+    found = Detections(1, np.array([0.9, 0.3], np.float32), np.array([0, 1]), boxes)
+    picture = np.asarray(draw(image, found, Classes(("cat", "yak"), (1, 2))))
+    drawn = (picture != GREY).any(2)
+    for line in (drawn[60, 50:251], drawn[180, 50:251], drawn[60:181, 50], drawn[60:181, 250], drawn[100:, 40]):
+        assert line.all()
+    assert not drawn[64:176, 54:246].any() and (image == GREY).all()
+    assert tuple(picture[180, 150]) != tuple(picture[190, 40]), "a colour belongs to a class"
+
+
+def test_nothing_found_leaves_the_picture_as_it_was():
+    image = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    none = Detections(1, np.zeros(0, np.float32), np.zeros(0, np.int64), np.zeros((0, 4), np.float32))
+    assert (np.asarray(draw(image, none, Classes((), ()))) == image).all()
