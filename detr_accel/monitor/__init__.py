@@ -83,7 +83,11 @@ def versions() -> dict[str, str]:
 
 
 def _wandb(
-    recipe: Recipe, folder: Path, accelerator: Any, fingerprint: dict[str, str], run_id: str | None,
+    recipe: Recipe,
+    folder: Path,
+    accelerator: Any,
+    fingerprint: dict[str, str],
+    run_id: str | None,
     parent: str | None,
 ) -> WandbSink | None:
     wanted = recipe.log.wandb

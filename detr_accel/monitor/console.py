@@ -60,8 +60,14 @@ class Console:
             tqdm.write(text, file=self.stream)
             return
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
-        self.stream.write(text.encode(encoding, "replace").decode(encoding) + "\n")
-        self.stream.flush()
+        try:
+            self.stream.write(text.encode(encoding, "replace").decode(encoding) + "\n")
+            self.stream.flush()
+        except BrokenPipeError:  # whoever read has gone (| head); the run and its files go on
+            nowhere = open(os.devnull, "w", encoding="utf-8")
+            if self.stream is sys.stdout:
+                os.dup2(nowhere.fileno(), sys.stdout.fileno())  # or Python fails again on this pipe when it ends
+            self.stream = nowhere
 
     def tick(self, stats: StepStats) -> None:
         """Move the bars by a window."""

@@ -30,6 +30,8 @@ INIT_TIMEOUT_S = 30.0  # without an answer by then, the run is written offline
 FINISH_TIMEOUT_S = 300.0  # what was not sent by then stays in the run folder for `wandb sync`
 ALERT_PAUSE_S = 600.0  # alerts of one title closer than this are not sent again; alarms.jsonl has them all
 
+MODEL_FILES = ("model.safetensors", "recipe.yaml", "classes.json", "meta.json")
+
 PanelItem = tuple[np.ndarray, np.ndarray, np.ndarray, Detections, int]
 """image uint8 [H, W, 3], true boxes xyxy px [N, 4], true labels [N], detections, image id."""
 
@@ -185,11 +187,13 @@ class WandbSink:
             self.run.alert(title=title[:63], text=text, level=level, wait_duration=1)
 
     def artifact(self, folder: Path, name: str, aliases: Sequence[str], metadata: dict[str, Any]) -> None:
-        """Send a model folder. The artifact bears the run's name, never a path."""
+        """Send a model folder, without what only a resume needs. The artifact bears the run's name, never a path."""
         import wandb
 
         artifact = wandb.Artifact(name=f"{name}-model", type="model", metadata=metadata)
-        artifact.add_dir(str(folder))
+        for name in MODEL_FILES:
+            if (folder / name).exists():
+                artifact.add_file(str(folder / name), name=name)
         self.run.log_artifact(artifact, aliases=list(aliases))
 
     def close(self, ok: bool) -> None:

@@ -159,7 +159,8 @@ def load_last(folder: Path) -> tuple[Path, list[str]]:
         notes.append(f"checkpoint {path.name} is passed over and set aside as {aside.name}: {fault}")
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(path, aside)
-    raise UserError(". ".join([f"no whole checkpoint in {folder} to resume from; start without --resume", *notes]))
+    remedy = "start without --resume" if not notes else "start under another name (name=...), or copy one back"
+    raise UserError(". ".join([f"no whole checkpoint in {folder} to resume from; {remedy}", *notes]))
 
 
 def _mend_links(folder: Path, newest: str) -> None:
@@ -177,6 +178,8 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint folder, in words; None when every file is as its manifest says."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict) or not {"model.safetensors", "state.json"} <= manifest.keys():
+            raise ValueError
     except (OSError, ValueError):
         return f"{MANIFEST} is missing or unreadable (it was never finished)"
     for name, row in manifest.items():

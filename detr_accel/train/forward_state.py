@@ -22,10 +22,17 @@ class ForwardState:
 
     def __init__(self, model: nn.Module) -> None:
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        norms = [m for m in norms if m.track_running_stats and m.running_mean is not None]
-        self.statistics: list[Tensor] = [t for m in norms for t in (m.running_mean, m.running_var)]
-        self.counters: list[Tensor] = [m.num_batches_tracked for m in norms if m.num_batches_tracked is not None]
+        self._norms = [m for m in norms if m.track_running_stats and m.running_mean is not None]
         self._kept = [t.clone() for t in (*self.statistics, *self.counters)]
+
+    # looked up each time: moving a model to a device, even to the one where it is, can make new buffers
+    @property
+    def statistics(self) -> list[Tensor]:
+        return [t for m in self._norms for t in (m.running_mean, m.running_var)]
+
+    @property
+    def counters(self) -> list[Tensor]:
+        return [m.num_batches_tracked for m in self._norms if m.num_batches_tracked is not None]
 
     @torch.no_grad()
     def remember(self) -> None:
@@ -48,18 +55,19 @@ class ForwardState:
         Args:
             num_images: this process's; total_images: of the window, a scalar on the device.
         """
-        if num_processes == 1 or not self.statistics:
+        if num_processes == 1 or not self._norms:
             return
-        flat = torch.cat([t.flatten() for t in self.statistics])
+        statistics = self.statistics
+        flat = torch.cat([t.flatten() for t in statistics])
         # 0 x nan is nan: a process without images has not run forward, so its statistics are those from before
         flat = all_reduce_sum(flat * num_images, device) / total_images.clamp(min=1).to(flat.dtype)
-        parts = flat.split([t.numel() for t in self.statistics])
-        torch._foreach_copy_(self.statistics, [p.view(t.shape) for p, t in zip(parts, self.statistics, strict=True)])
+        parts = flat.split([t.numel() for t in statistics])
+        torch._foreach_copy_(statistics, [p.view(t.shape) for p, t in zip(parts, statistics, strict=True)])
         if self.counters:
-            torch._foreach_copy_(self.counters, [t + 1 for t in self._kept[len(self.statistics) :]])
+            torch._foreach_copy_(self.counters, [t + 1 for t in self._kept[len(statistics) :]])
 
     def health(self, device: torch.device) -> Tensor:
         """0 where all statistics are finite, else not finite; a scalar on the device, unread."""
-        if not self.statistics:
+        if not self._norms:
             return torch.zeros((), dtype=torch.float64, device=device)
         return torch.stack(torch._foreach_norm(self.statistics)).sum().to(torch.float64) * 0

@@ -109,6 +109,12 @@ def launcher_request() -> Request | None:
     return None if launcher is None else read_request(_launch_arguments(launcher.cmdline()))
 
 
+def started_by_launcher() -> bool:
+    """Whether this process's own parent is ``accelerate launch``."""
+    launcher = _launcher_process()
+    return launcher is not None and launcher.pid == os.getppid()
+
+
 def _launcher_process() -> psutil.Process | None:
     try:
         for parent in psutil.Process().parents():

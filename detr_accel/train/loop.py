@@ -55,7 +55,7 @@ def train(recipe: Recipe, *, runs: Path = Path("runs"), resume: bool | str = Fal
         if main:
             run.status("done" if finished else "resume")
     except BaseException as error:
-        if main:
+        if main and run.began:  # what was refused before it began leaves the status of the run that is there
             interrupted = isinstance(error, KeyboardInterrupt)
             run.status("resume" if interrupted else "failed", reason=str(error) or type(error).__name__)
         raise
@@ -67,7 +67,7 @@ def train(recipe: Recipe, *, runs: Path = Path("runs"), resume: bool | str = Fal
 
 def _train(recipe: Recipe, accelerator: Accelerator, run: RunFolder, resume: bool, branch: Path | None) -> bool:
     """Returns whether the end was reached (False: asked to stop, state saved)."""
-    stop = StopSignal()
+    stop = StopSignal(launch.started_by_launcher())
     try:
         # -- data, model, optimizer; where the last run stopped; how much fits
         split = _saved_split(run.path if resume else branch)
@@ -111,6 +111,8 @@ def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal
     turn = _Turn(built, run, state, sinks, stop)
     if not turn.begin():
         return False
+    if state.window >= built.length.total:
+        sinks.say(f"already done: {state.window} of {built.length.total} windows; a longer schedule.epochs goes on")
     windows = data.train_windows(
         recipe, train_split, rank=accelerator.process_index, num_ranks=accelerator.num_processes,
         start_window=state.window, end_window=built.length.total, mean=built.bare.mean, std=built.bare.std,
@@ -195,7 +197,7 @@ class _Turn:
         is_best = False
         if evaluation and not result.stop_requested:  # a stop saves first: the evaluation is owed, and due on resume
             with self.sinks.timed("evaluation"):
-                is_best = self.validate(state, length, self.stop)
+                is_best = self._validate_or_save(state)
         stopping = result.stop_requested or self.validate.aborted
         if counted or is_best or result.save_requested or stopping:
             with self.sinks.timed("checkpoint"):
@@ -204,6 +206,14 @@ class _Turn:
         if stopping:
             self.sinks.say(f"stopped as asked after window {state.window}; go on with --resume")
         return not stopping
+
+    def _validate_or_save(self, state: State) -> bool:
+        """A broken validation image must not cost the training since the last checkpoint."""
+        try:
+            return self.validate(state, self.built.length, self.stop)
+        except Exception:  # on every process: evaluation refuses together
+            self.save(state)
+            raise
 
     def _size(self) -> int:
         """Images in the window in hand."""
@@ -214,6 +224,8 @@ class _Turn:
 
 def _claim(run: RunFolder, resume: bool | str) -> bool:
     """Take the run folder; returns whether there is something to go on from."""
+    if resume is True and not run.path.is_dir():
+        raise UserError(f"there is no run {run.path} to go on with; start it without --resume, or mend its name")
     run.acquire()
     try:
         return resuming.wants_resume(run, resume)
@@ -224,7 +236,15 @@ def _claim(run: RunFolder, resume: bool | str) -> bool:
 
 def _saved_split(run: Path | None) -> dict | None:
     path = None if run is None else run / "split.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else None
+    if path is None or not path.exists():
+        return None
+    try:
+        split = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(split, dict) or not {"seed", "train", "val"} <= split.keys():
+            raise ValueError
+    except ValueError:
+        raise UserError(f"{path} is damaged: put back the copy that lies in a checkpoint of the same run") from None
+    return split
 
 
 def _write_start(built: Parts, run: RunFolder, state: State) -> None:

@@ -32,6 +32,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = None
+        self.began = False  # whether this process has said that the run is running
 
     @property
     def checkpoints(self) -> Path:
@@ -59,9 +60,12 @@ class RunFolder:
                 f"{self.path} is being written by {holder}: stop that one first (a killed launcher can leave its "
                 "training process behind), or give this run another name with name=..."
             ) from None
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._lock.flush()
+        try:
+            self._lock.truncate(0)
+            self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            self._lock.flush()
+        except OSError as error:
+            raise UserError(f"cannot write in the run folder {self.path}: {error.strerror}; free space there") from None
 
     def release(self) -> None:
         if self._lock is not None:
@@ -71,5 +75,6 @@ class RunFolder:
     def status(self, state: str, **more: object) -> None:
         """Write ``status.json``: state is running, resume, done or failed (launchers hide exit codes)."""
         assert state in ("running", "resume", "done", "failed"), state
+        self.began |= state == "running"
         row = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid(), **more}
         write_atomic(self.path / "status.json", json.dumps(row, indent=1) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 
@@ -15,14 +16,20 @@ class StopSignal:
     given up where it lasts too long, and the state saved. A second Ctrl-C, later, interrupts at once.
 
     Python runs the handler between two instructions of the main thread, so a long kernel delays it.
+
+    Args:
+        watch_parent: a launcher that is gone (killed, so that it could not pass anything on) is a request, too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, watch_parent: bool = False) -> None:
         self._since: float | None = None
+        self._parent = os.getppid() if watch_parent else None
         self._before = {s: signal.signal(s, self._on) for s in SIGNALS}
 
     @property
     def requested(self) -> bool:
+        if self._since is None and self._parent is not None and os.getppid() != self._parent:
+            self._since = time.monotonic()
         return self._since is not None
 
     @property
