@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -310,6 +312,37 @@ def test_all_that_is_said_fits_in_ten_short_lines(reports):
         assert len(lines) <= 11 and max(map(len, lines)) < 250, name
         assert lines[-1].startswith("do: ") or "note: " in lines[-1], name
         json.dumps(report.to_json(), allow_nan=False)
+
+
+@pytest.mark.slow
+def test_any_module_with_a_bad_weight_is_named(healthy):
+    case = replay.load(healthy, "cpu")
+    names = [n for n, m in case.model.named_modules() if any(True for _ in m.parameters(recurse=False))]
+    said = {}
+    for name in names:
+        model = copy.deepcopy(case.model)
+        with torch.no_grad():
+            next(model.get_submodule(name).parameters(recurse=False)).flatten()[0] = NAN
+        report = replay.diagnose(dataclasses.replace(case, model=model), quiet=True)
+        said[name] = (report.module, report.cause, report.images)
+    assert len(said) > 50 and {n: s for n, s in said.items() if s != (n, "weights", [])} == {}
+
+
+@pytest.mark.slow
+def test_any_module_with_a_bad_gradient_of_one_image_is_named(healthy):
+    case = replay.load(healthy, "cpu")
+    names = [n for n, m in case.model.named_modules() if any(True for _ in m.parameters(recurse=False))]
+    heads = ("class_embed", "bbox_embed", "transformer.decoder.norm")  # there images are not the first axis
+    names = [n for n in names if not n.startswith((*heads, "query_embed", STEM))]  # the stem's input has no gradient
+    said, wanted = {}, {}
+    for name in names[::2]:
+        live_norm = isinstance(case.model.get_submodule(name), torch.nn.BatchNorm2d)  # whose backward mixes images
+        wanted[name] = (name, [] if live_norm else [(0, 1)])
+        mine = dataclasses.replace(case, model=copy.deepcopy(case.model))
+        hooked(name, 1)(mine)
+        report = replay.diagnose(mine, quiet=True)
+        said[name] = (report.module, [(i.micro_batch, i.index) for i in report.images])
+    assert len(said) > 20 and said == wanted
 
 
 # --- windows that do not fail
