@@ -97,6 +97,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--threshold", type=float, default=None, help="least score (default: the checkpoint's best F1)")
     _model_options(p)
 
+    p = verb("replay", _replay, "run a captured window that was not finite again, and say what made it fail")
+    p.add_argument("capture", help="runs/NAME/captures/window-XXXXXXXX, or a run with one capture")
+    p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    p.add_argument("--json", action="store_true")
+
     p = verb("recipes", _recipes, "list the shipped recipes, or write the JSON schema for editors")
     p.add_argument("--schema", type=Path, metavar="FILE", help="write the JSON schema of a recipe")
     p.add_argument("--copy", metavar="NAME", help="copy a shipped recipe into this folder, to edit")
@@ -162,6 +167,14 @@ def _predict(args, _) -> int:
     )  # fmt: skip
     print(json.dumps(summary, indent=1) if args.json else "\n".join(summary["notes"]))
     return 0
+
+
+def _replay(args, _) -> int:
+    from detr_accel.train import replay
+
+    report = replay.replay(args.capture, device=args.device, quiet=args.json)
+    print(json.dumps(report.to_json(), indent=1) if args.json else "\n".join(report.lines()))
+    return 0 if report.fails else 1
 
 
 def _recipes(args, _) -> int:

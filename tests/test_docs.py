@@ -1,4 +1,4 @@
-"""The commands of the README and of docs/own-data.md, run one after the other as they stand.
+"""The commands of the README, docs/own-data.md and docs/nan.md, run one after the other as they stand.
 
 Each line of a ```sh block is either run here or listed below with the reason why not. Training commands get a tiny
 detector appended, and a small folder in COCO's layout stands for COCO: the test has seconds where a person has hours.
@@ -23,6 +23,7 @@ runs = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(runs)
 ROOT = runs.ROOT
 
+TEXTS = ["README.md", "docs/own-data.md", "docs/nan.md"]
 NOT_RUN = {
     "make train": "installs the whole environment; .ci/run does",
     "make test": "this is it",
@@ -90,7 +91,7 @@ def run(place: Path, command: str) -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", ["README.md", "docs/own-data.md"])
+@pytest.mark.parametrize("name", TEXTS)
 def test_the_commands_run_as_they_stand(place, name):
     found = commands(ROOT / name)
     assert len(found) >= 4
@@ -100,7 +101,7 @@ def test_the_commands_run_as_they_stand(place, name):
 
 
 def test_every_reason_not_to_run_belongs_to_a_command():
-    found = commands(ROOT / "README.md") + commands(ROOT / "docs/own-data.md")
+    found = [command for name in TEXTS for command in commands(ROOT / name)]
     assert [part for part in NOT_RUN if not any(part in command for command in found)] == []
 
 
