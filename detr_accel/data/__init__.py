@@ -249,11 +249,16 @@ def eval_batches(
     num_ranks: int,
     mean: tuple[float, ...],
     std: tuple[float, ...],
-) -> Iterator[Batch]:
-    """This rank's batches of a split: each image once over all ranks, in batches that do not depend on their number."""
+    keep_faults: bool = False,
+) -> Iterator[Batch | UserError]:
+    """This rank's batches of a split: each image once over all ranks, in batches that do not depend on their number.
+
+    Args:
+        keep_faults: yield the error of a broken image in the place of its batch, and go on.
+    """
     d = recipe.data
     tasks = EvalTasks(source, recipe.evaluate.batch, d.eval_size, d.eval_max_size, rank, num_ranks)
-    return loader.batches(source, tasks, **_loading(recipe, mean, std))
+    return loader.batches(source, tasks, **_loading(recipe, mean, std), keep_faults=keep_faults)
 
 
 def _loading(recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...]) -> dict:

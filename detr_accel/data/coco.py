@@ -128,14 +128,18 @@ class CocoSource:
         return int((keep & ~self.table.crowd[pick]).sum())
 
     def _kept(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Annotations of these images [A], how many each image has, and whether anything is left after clipping [A]."""
+        """Annotations of these images [A], how many each has, and which of them have an area after clipping [A]."""
         counts = np.diff(self.table.offsets)[self._rows]
         pick = np.repeat(self.table.offsets[:-1][self._rows], counts) + _ramps(counts)
-        return pick, counts, _clip(self.table.boxes_xywh_px[pick], np.repeat(self._sizes[self._rows], counts, axis=0))[1]
+        return (
+            pick,
+            counts,
+            _clip(self.table.boxes_xywh_px[pick], np.repeat(self._sizes[self._rows], counts, axis=0))[1],
+        )
 
 
 def _clip(boxes_xywh_px: np.ndarray, sizes_px: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes [N, 4] and their images' (h, w), [2] or [N, 2] -> float32 xyxy inside the images, and which have an area."""
+    """Boxes [N, 4] and their images' (h, w), [2] or [N, 2] -> float32 xyxy in the images, and which have an area."""
     with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot hold ends at a border or is left out
         boxes = boxes_xywh_px.astype(np.float32)
         boxes[:, 2:] += boxes[:, :2]

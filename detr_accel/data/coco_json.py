@@ -88,7 +88,9 @@ def _load(path: Path) -> dict:
     except ValueError as error:
         raise UserError(f"{path} is not valid json: {error}") from None
     except RecursionError:
-        raise UserError(f"{path} is no COCO detection json: its values are nested without end; export it anew") from None
+        raise UserError(
+            f"{path} is no COCO detection json: its values are nested without end; export it anew"
+        ) from None
     keys = ("images", "annotations", "categories")
     missing = [k for k in keys if not isinstance(tree, dict) or not isinstance(tree.get(k), list)]
     if missing:
@@ -158,7 +160,9 @@ def _annotations(
             raise UserError(f"{here}: category_id {category_id} is not in the categories ({known}): add or mend it")
         box = record.get("bbox")
         if not isinstance(box, list) or len(box) != 4 or not all(map(_finite, box)):
-            raise UserError(f"{here}: bbox {_short(box)} is not four finite numbers [x, y, width, height]: mend or remove it")
+            raise UserError(
+                f"{here}: bbox {_short(box)} is not four finite numbers [x, y, width, height]: mend or remove it"
+            )
         area = record.get("area")
         rows.append(row)
         ids.append(record.get("id"))
