@@ -6,16 +6,19 @@ import argparse
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from detr_accel import recipe as recipes
-from detr_accel.structures import UserError
+from detr_accel.structures import UserError, writing
 
 
 def main(argv: list[str] | None = None) -> int:
     """The console script."""
     args, overrides = _parser().parse_known_args(_join_resume(sys.argv[1:] if argv is None else argv))
-    return _guard(lambda: args.run(args, _only_overrides(overrides, allowed=args.overrides)))
+    return _guard(
+        lambda: args.run(args, _only_overrides(overrides, allowed=args.overrides)), trains=args.verb == "train"
+    )
 
 
 def train_main(argv: list[str] | None = None) -> int:
@@ -23,11 +26,13 @@ def train_main(argv: list[str] | None = None) -> int:
     return main(["train", *(sys.argv[1:] if argv is None else argv)])
 
 
-def _guard(action) -> int:
+def _guard(action, trains: bool = False) -> int:
+    """``trains``: a reader that went away (``| head``) is no reason to call the work done."""
     try:
-        return action() or 0
+        code = action() or 0
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        # all processes raise the same mistake and the first one prints it, unless it is one process's own
+        if int(os.environ.get("RANK", "0")) == 0 or getattr(error, "lonely", False):
             for line in str(error).splitlines():
                 print(f"detr-accel: {line}", file=sys.stderr)
         return 2
@@ -35,8 +40,23 @@ def _guard(action) -> int:
         print("detr-accel: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        _drop_stdout()
+        return _training_lost_its_console() if trains else 0
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # everything is done; the interpreter's own flush would make it exit code 120
+        _drop_stdout()
+    return code
+
+
+def _drop_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _training_lost_its_console() -> int:
+    with suppress(OSError):
+        print("detr-accel: the console was closed under the training; go on with --resume", file=sys.stderr)
+    return 1
 
 
 def _join_resume(argv: list[str]) -> list[str]:
@@ -166,7 +186,7 @@ def _predict(args, _) -> int:
         device=args.device, quiet=args.json,
     )  # fmt: skip
     print(json.dumps(summary, indent=1) if args.json else "\n".join(summary["notes"]))
-    return 0
+    return 1 if summary["skipped"] else 0
 
 
 def _replay(args, _) -> int:
@@ -179,7 +199,8 @@ def _replay(args, _) -> int:
 
 def _recipes(args, _) -> int:
     if args.schema:
-        args.schema.write_text(recipes.schema(), encoding="utf-8")
+        with writing(args.schema):
+            args.schema.write_text(recipes.schema(), encoding="utf-8")
         print(f"wrote {args.schema}")
         return 0
     if args.copy:
@@ -189,7 +210,8 @@ def _recipes(args, _) -> int:
             raise UserError(f"no shipped recipe {args.copy!r}; detr-accel recipes lists them")
         if target.exists():
             raise UserError(f"{target} is already here; move it away first")
-        target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+        with writing(target.absolute()):
+            target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
         print(f"wrote {target}")
         return 0
     rows = [

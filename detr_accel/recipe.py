@@ -14,12 +14,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from detr_accel.structures import UserError
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Text = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -73,15 +74,15 @@ class Data(Section):
 
     format: Literal["coco", "shapes"] = "coco"
     """``coco``: a folder with images and annotation json. ``shapes``: made on the fly, nothing to download."""
-    root: str | None = None
+    root: Text | None = None
     """Folder of the data set. The usual layouts are found without being told."""
-    train_images: str | None = None
+    train_images: Text | None = None
     """Image folder of the training split, absolute or relative to root; found by itself when left out."""
-    train_annotations: str | None = None
+    train_annotations: Text | None = None
     """COCO json of the training split, absolute or relative to root; found by itself when left out."""
-    val_images: str | None = None
+    val_images: Text | None = None
     """As train_images, for the validation split."""
-    val_annotations: str | None = None
+    val_annotations: Text | None = None
     """As train_annotations, for the validation split."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the images kept for validation when there is a single json; the split is drawn by seed and saved."""
@@ -139,7 +140,7 @@ class Model(Section):
     """Share of activations dropped in the transformer while training."""
     num_queries: Positive = 100
     """Most objects that can be found in one image."""
-    init_from: str | None = None
+    init_from: Text | None = None
     """Start from a trained detector: a run, a checkpoint or a converted folder, a .pth or .safetensors file, or a hub
     id such as ``facebook/detr-resnet-101``. Takes the place of backbone.weights."""
     init_head: Literal["match", "keep", "reset"] = "match"
@@ -446,34 +447,61 @@ def _read_yaml(path: Path) -> tuple[dict, dict[str, str]]:
 def _parse(text: str, source: str) -> tuple[dict, dict[str, str]]:
     try:
         tree = YAML(typ="rt").load(text)
-    except MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"{source}, line {mark.line + 1}" if mark else source
-        raise UserError(f"{where}: not valid YAML: {error.problem}") from None
+        plain = _plain(tree, source)
+    except YAMLError as error:
+        raise UserError(_not_yaml(error, text, source)) from None
+    except RecursionError:
+        raise UserError(
+            f"{source}: nested without end: a recipe has a few levels, and no anchor inside itself"
+        ) from None
     if tree is None:
         return {}, {}
     if not isinstance(tree, dict):
         raise UserError(f"{source}: a recipe is a mapping of keys to values, not a {type(tree).__name__}")
     lines: dict[str, str] = {}
-    _collect_lines(tree, "", source, lines)
-    return _plain(tree), lines
+    _collect_lines(tree, "", source, lines, f"{source}, line 1")
+    return plain, lines
 
 
-def _collect_lines(tree: Any, prefix: str, source: str, lines: dict[str, str]) -> None:
+def _not_yaml(error: YAMLError, text: str, source: str) -> str:
+    if isinstance(error, MarkedYAMLError):
+        mark = error.problem_mark
+        where = f"{source}, line {mark.line + 1}" if mark else source
+        return f"{where}: not valid YAML: {error.problem}"
+    line = text.count("\n", 0, getattr(error, "position", 0)) + 1
+    reason = getattr(error, "reason", None) or str(error).partition("\n")[0]
+    character = getattr(error, "character", None)
+    named = f" (U+{character:04X})" if isinstance(character, int) else ""
+    where = source if source == "command line" else f"{source}, line {line}"
+    return f"{where}: not valid YAML: {reason}{named}; remove the character"
+
+
+def _collect_lines(tree: Any, prefix: str, source: str, lines: dict[str, str], above: str) -> None:
+    """``above``: the place of the section itself, which stands for keys that a merge (``<<``) brought in."""
+    places = tree.lc.data or {}
     for key, value in tree.items():
         dotted = f"{prefix}{key}"
-        lines[dotted] = f"{source}, line {tree.lc.key(key)[0] + 1}"
+        lines[dotted] = f"{source}, line {places[key][0] + 1}" if key in places else above
         if isinstance(value, dict):
-            _collect_lines(value, f"{dotted}.", source, lines)
+            _collect_lines(value, f"{dotted}.", source, lines, lines[dotted])
 
 
-def _plain(node: Any) -> Any:
+def _plain(node: Any, source: str) -> Any:
     """ruamel's round-trip types -> plain ones. (Its floats and ints are subclasses that strict validation would accept,
-    but that do not survive json.)"""
+    but that do not survive json.)
+
+    Raises:
+        UserError: a tag such as ``!!python/object``, which a recipe has no use for.
+    """
+    tag = getattr(getattr(node, "tag", None), "value", None)
+    if tag == "tag:yaml.org,2002:str":
+        return str(node)
+    if tag not in (None, "tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"):
+        raise UserError(f"{source}: the YAML tag {tag} is refused: a recipe holds plain values only; remove the tag")
     if isinstance(node, dict):
-        return {str(k): _plain(v) for k, v in node.items()}
+        return {str(k): _plain(v, source) for k, v in node.items()}
     if isinstance(node, list):
-        return [_plain(v) for v in node]
+        return [_plain(v, source) for v in node]
     if isinstance(node, bool) or node is None:
         return node
     for kind in (int, float, str):
@@ -487,21 +515,47 @@ def _apply_override(tree: dict, lines: dict[str, str], text: str) -> None:
     key = key.strip().removeprefix("--")
     if not sep or not key:
         raise UserError(f"{text!r} is not an override; write key=value, for example optim.lr=5e-5")
-    try:
-        parsed = _plain(YAML(typ="rt").load(value)) if value.strip() else None
-    except MarkedYAMLError:
-        parsed = value
+    parsed = _read_value(value)
     node = tree
     *parents, leaf = key.split(".")
-    for parent in parents:
+    _check_parents(key)
+    for depth, parent in enumerate(parents, start=1):
         if not isinstance(node.get(parent), dict):
             node[parent] = {}
+            lines[".".join(parents[:depth])] = "command line"
         node = node[parent]
     if isinstance(parsed, dict) and isinstance(node.get(leaf), dict):
         node[leaf].update(parsed)
     else:
         node[leaf] = parsed
     lines[key] = "command line"
+
+
+def _read_value(text: str) -> Any:
+    """An override's value as YAML; what is no YAML is text."""
+    try:
+        return _plain(YAML(typ="rt").load(text), "command line") if text.strip() else None
+    except MarkedYAMLError:
+        return text
+    except (YAMLError, RecursionError) as error:
+        what = (
+            _not_yaml(error, text, "command line") if isinstance(error, YAMLError) else "command line: nested too deep"
+        )
+        raise UserError(what) from None
+
+
+def _check_parents(key: str) -> None:
+    """
+    Raises:
+        UserError: an empty part, or a part that is a value where a section should be.
+    """
+    parts, known = key.split("."), _known()
+    if not all(parts):
+        raise UserError(f"command line: {key!r} has an empty part between its dots; write SECTION.KEY=VALUE")
+    for depth in range(1, len(parts)):
+        above = ".".join(parts[:depth])
+        if above in known and not any(k.startswith(f"{above}.") for k in known):
+            raise UserError(f"command line: {key}: no such key: {above} is a value, not a section; set {above} itself")
 
 
 def _validate(tree: dict, lines: dict[str, str], source: str) -> Recipe:
@@ -550,6 +604,8 @@ def _allowed(error: Any) -> str:
     message = error["msg"][0].lower() + error["msg"][1:]
     if message.startswith("input should be"):
         return "it" + message.removeprefix("input")
+    if error["type"] == "string_too_short":
+        return "it should not be empty; leave the key out, or write null, for none"
     return message
 
 

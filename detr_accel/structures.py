@@ -7,7 +7,10 @@ Sizes are (height, width) in pixels.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +18,25 @@ import torch
 
 class UserError(ValueError):
     """A mistake the person can mend; the command line prints it as one sentence and exits with code 2."""
+
+
+@contextmanager
+def writing(path: str | Path, *also: type[Exception]) -> Iterator[None]:
+    """Turn what a full or read-only disk raises into one sentence.
+
+    Args:
+        also: what writers in other languages raise in the place of OSError.
+    Raises:
+        UserError: names the path and the reason.
+    """
+    try:
+        yield
+    except (UserError, BrokenPipeError):
+        raise
+    except (OSError, *also) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        reason = reason or (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot write {path}: {reason}; free space there or choose another path") from None
 
 
 @dataclass(frozen=True)

@@ -55,10 +55,16 @@ def test_all_mistakes_are_told_at_once_each_with_its_line(tmp_path):
         ("- a\n- b", "mapping"),
         ("a: [1", "not valid YAML"),
         ("batch: 8", "batch: 8 is refused"),
+        ('data: {format: coco, root: ""}', 'data.root: "" is refused: it should not be empty'),
+        ("optim: !!python/object:x {lr: 1}", "the YAML tag tag:yaml.org,2002:python/object:x is refused"),
+        ("name: !!python/object/apply:os.system [ls]", "is refused: a recipe holds plain values only"),
+        ("name: a\x01b", "line 1: not valid YAML: special characters are not allowed (U+0001)"),
+        ("data: &a {format: {deeper: *a}}", "data.format"),
+        ("a: " + "[" * 5000 + "]" * 5000, "nested without end"),
     ],
 )
 def test_impossible_values_are_refused_in_words(tmp_path, text, words):
-    text = text if "data:" in text or text[0] in "-a" else f"{text}\ndata: {{format: shapes}}"
+    text = text if "data:" in text or text.startswith(("-", "a:")) else f"{text}\ndata: {{format: shapes}}"
     assert words in refusal(write(tmp_path, text))
 
 
@@ -70,6 +76,34 @@ def test_the_same_key_twice_is_refused(tmp_path):
 def test_an_override_without_key_and_value_is_refused(tmp_path, override):
     path = write(tmp_path, "data: {format: shapes}\n")
     assert "write key=value" in refusal(path, override)
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("optim..lr=1", "command line: 'optim..lr' has an empty part between its dots"),
+        ("optim.lr.x=3", "command line: optim.lr.x: no such key: optim.lr is a value, not a section"),
+        ("batch.micro.x=3", "batch.micro is a value, not a section"),
+        ("name=\x01", "command line: not valid YAML: special characters are not allowed"),
+        ("name=!!python/object:x {b: 1}", "command line: the YAML tag"),
+        ('data.root=""', 'command line: data.root: "" is refused'),
+        ("ema.enabled=maybe", 'command line: ema.enabled: "maybe" is refused'),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_blamed_on_it(tmp_path, override, words):
+    said = refusal(write(tmp_path, "data: {format: shapes}\n"), override)
+    assert words in said and "\n" not in said
+
+
+def test_keys_that_a_merge_brings_in_are_read_and_placed_at_their_section(tmp_path):
+    text = "data: {format: shapes}\noptim: &o {lr: 0.5}\n"
+    assert "line 3: ema.lr: no such key" in refusal(write(tmp_path, f"{text}ema: {{<<: *o}}\n"))
+    twice = "data: {format: shapes}\nevaluate: &e {every_epochs: 3}\ncheckpoint: {<<: *e, keep: 4}\n"
+    assert recipe.load(write(tmp_path, twice)).checkpoint.every_epochs == 3
+
+
+def test_a_string_tag_is_a_string(tmp_path):
+    assert recipe.load(write(tmp_path, "data: {format: shapes}\nname: !!str 3\n")).name == "3"
 
 
 def test_overriding_a_section_keeps_its_other_keys(tmp_path):

@@ -77,7 +77,8 @@ def _build_coco(recipe: Recipe, split_json: dict | None) -> Splits:
     if val_json is None:
         return _cut(train, split_json or _draw_split(train, d.val_fraction, recipe.seed))
     val = _open(val_json, root, "val", _explicit(root, d.val_images), train.classes)
-    lines = [_line("train", train), _line("val", val), *_shared_files(train, val), *_unused(train)]
+    _check_targets(train)
+    lines = [_line("train", train), _line("val", val), *_shared_files(train, val), *_unused(train), *_no_boxes(val)]
     return Splits(train, val, lines)
 
 
@@ -117,10 +118,11 @@ def _cut(source: CocoSource, split_json: dict) -> Splits:
     if gone:
         raise UserError(f"{source.table.path} no longer has image {gone[0]} of the saved split ({len(gone)} are gone)")
     train, val = (source.subset(sorted(row_of[i] for i in split_json[name])) for name in ("train", "val"))
+    _check_targets(train)
     new = len(row_of) - len(train) - len(val)
     lines = [
         f"data: one json, cut by seed {split_json['seed']} into train and val (the split is saved with the run)",
-        _line("train", train), _line("val", val), *_unused(train),
+        _line("train", train), _line("val", val), *_unused(train), *_no_boxes(val),
     ]  # fmt: skip
     if new:
         lines.append(f"data: {new} images came after the split was saved; they are in neither part")
@@ -143,6 +145,24 @@ def _unused(train: CocoSource) -> list[str]:
     names = [n for c, n in train.table.categories.items() if c not in used]
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     return [f"data: {len(names)} classes have no box in the training json: {shown}"] if names else []
+
+
+def _check_targets(train: CocoSource) -> None:
+    """
+    Raises:
+        UserError: not one box to learn from.
+    """
+    if train.num_targets() == 0:
+        raise UserError(
+            f"{train.table.path}: no image of the training split has a box that could be learned from "
+            f"({train.describe()}): add annotations, or set data.train_annotations to the right json"
+        )
+
+
+def _no_boxes(val: CocoSource) -> list[str]:
+    if val.num_targets():
+        return []
+    return [f"data: warning: the validation split has no boxes ({val.table.path}), so its metrics will be empty"]
 
 
 def _shared_files(train: CocoSource, val: CocoSource) -> list[str]:
@@ -229,11 +249,16 @@ def eval_batches(
     num_ranks: int,
     mean: tuple[float, ...],
     std: tuple[float, ...],
-) -> Iterator[Batch]:
-    """This rank's batches of a split: each image once over all ranks, in batches that do not depend on their number."""
+    keep_faults: bool = False,
+) -> Iterator[Batch | UserError]:
+    """This rank's batches of a split: each image once over all ranks, in batches that do not depend on their number.
+
+    Args:
+        keep_faults: yield the error of a broken image in the place of its batch, and go on.
+    """
     d = recipe.data
     tasks = EvalTasks(source, recipe.evaluate.batch, d.eval_size, d.eval_max_size, rank, num_ranks)
-    return loader.batches(source, tasks, **_loading(recipe, mean, std))
+    return loader.batches(source, tasks, **_loading(recipe, mean, std), keep_faults=keep_faults)
 
 
 def _loading(recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...]) -> dict:

@@ -64,11 +64,7 @@ class CocoSource:
         """DETR's order: crowd out, corners, clip to the image, keep what has width and height."""
         of_image = np.arange(self.table.offsets[row], self.table.offsets[row + 1])
         of_image = of_image[~self.table.crowd[of_image]]
-        boxes = self.table.boxes_xywh_px[of_image].astype(np.float32)
-        boxes[:, 2:] += boxes[:, :2]
-        h, w = size_px
-        boxes = np.clip(boxes, 0, np.array((w, h, w, h), np.float32))
-        keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        boxes, keep = _clip(self.table.boxes_xywh_px[of_image], np.array(size_px))
         return boxes[keep], self._labels[of_image[keep]]
 
     def ground_truth(self) -> dict:
@@ -113,17 +109,43 @@ class CocoSource:
     def describe(self) -> str:
         """One line for the console: counts, and what is left out of the targets."""
         t = self.table
-        counts = np.diff(t.offsets)[self._rows]
-        pick = np.repeat(t.offsets[:-1][self._rows], counts) + _ramps(counts)
-        flat = (t.boxes_xywh_px[pick, 2:] <= 0).any(1) & ~t.crowd[pick]
+        pick, counts, keep = self._kept()
+        left_out = ~keep & ~t.crowd[pick]
+        flat = left_out & (t.boxes_xywh_px[pick, 2:] <= 0).any(1)
         parts = [f"{len(self)} images", f"{len(pick)} boxes", f"{len(self.classes)} classes"]
         notes = {
             "images without boxes": int((counts == 0).sum()),
             "crowd regions (kept for evaluation only)": int(t.crowd[pick].sum()),
             "boxes without area (left out of the targets)": int(flat.sum()),
+            "boxes outside their image (left out of the targets)": int((left_out & ~flat).sum()),
         }
         parts += [f"{value} {what}" for what, value in notes.items() if value]
         return ", ".join(parts)
+
+    def num_targets(self) -> int:
+        """Boxes that can be learned from, without decoding."""
+        pick, _, keep = self._kept()
+        return int((keep & ~self.table.crowd[pick]).sum())
+
+    def _kept(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Annotations of these images [A], how many each has, and which of them have an area after clipping [A]."""
+        counts = np.diff(self.table.offsets)[self._rows]
+        pick = np.repeat(self.table.offsets[:-1][self._rows], counts) + _ramps(counts)
+        return (
+            pick,
+            counts,
+            _clip(self.table.boxes_xywh_px[pick], np.repeat(self._sizes[self._rows], counts, axis=0))[1],
+        )
+
+
+def _clip(boxes_xywh_px: np.ndarray, sizes_px: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes [N, 4] and their images' (h, w), [2] or [N, 2] -> float32 xyxy in the images, and which have an area."""
+    with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot hold ends at a border or is left out
+        boxes = boxes_xywh_px.astype(np.float32)
+        boxes[:, 2:] += boxes[:, :2]
+        w, h = sizes_px[..., 1], sizes_px[..., 0]
+        boxes = np.clip(boxes, 0, np.stack((w, h, w, h), -1).astype(np.float32))
+        return boxes, (boxes[:, 2:] > boxes[:, :2]).all(1)
 
 
 def _ramps(counts: np.ndarray) -> np.ndarray:

@@ -87,6 +87,10 @@ def _load(path: Path) -> dict:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"{path} is not valid json: {error}") from None
+    except RecursionError:
+        raise UserError(
+            f"{path} is no COCO detection json: its values are nested without end; export it anew"
+        ) from None
     keys = ("images", "annotations", "categories")
     missing = [k for k in keys if not isinstance(tree, dict) or not isinstance(tree.get(k), list)]
     if missing:
@@ -102,6 +106,7 @@ def _categories(path: Path, records: list) -> dict[int, str]:
         name = record.get("name")
         if name is None or str(name).strip() == "":
             raise UserError(f"{where} (id {category_id}) has no name: give it one")
+        _check_text(str(name), "name", where)
         if category_id in names:
             raise UserError(f"{where}: {names[category_id]!r} and {name!r} share the id {category_id}: ids must differ")
         if str(name) in names.values():
@@ -121,6 +126,7 @@ def _images(path: Path, records: list) -> tuple[list[int], list[str], list[tuple
         name = record.get("file_name")
         if not isinstance(name, str) or not name.strip():
             raise UserError(f"{where} (id {image_id}) has no file_name: give it one or remove the record")
+        _check_text(name, "file_name", where, "surrogateescape")
         if image_id in seen:
             raise UserError(f"{where}: id {image_id} is used for {seen[image_id]!r} and {name!r}: ids must differ")
         seen[image_id] = name
@@ -154,13 +160,15 @@ def _annotations(
             raise UserError(f"{here}: category_id {category_id} is not in the categories ({known}): add or mend it")
         box = record.get("bbox")
         if not isinstance(box, list) or len(box) != 4 or not all(map(_finite, box)):
-            raise UserError(f"{here}: bbox {box!r} is not four finite numbers [x, y, width, height]: mend or remove it")
+            raise UserError(
+                f"{here}: bbox {_short(box)} is not four finite numbers [x, y, width, height]: mend or remove it"
+            )
         area = record.get("area")
         rows.append(row)
         ids.append(record.get("id"))
         labels.append(category_id)
         boxes.append(box)
-        areas.append(area if _finite(area) else box[2] * box[3])
+        areas.append(area if _finite(area) else float(box[2]) * float(box[3]))
         crowd.append(record.get("iscrowd") in (1, True, "1"))
     return {
         "row": np.array(rows, np.int64),
@@ -187,19 +195,39 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _check_text(text: str, key: str, where: str, errors: str = "strict") -> None:
+    """``errors``: ``surrogateescape`` lets the bytes of a file name pass that are no UTF-8 on disk either."""
+    try:
+        text.encode("utf-8", errors)
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: {key} {text!a} holds half a character (a lone surrogate): write it anew") from None
+
+
 def _integer(record: Any, key: str, where: object) -> int:
     if not isinstance(record, dict):
         raise UserError(f"{where} is not an object but {str(record)[:40]!r}")
     value = record.get(key)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and not _is_integer(value):
+        raise UserError(f"{where}: {key} {_short(value)} does not fit 64 bits: give smaller ids")
     if not _is_integer(value):
-        raise UserError(f"{where}: {key} {value!r} is not an integer, which the COCO format asks for")
+        raise UserError(f"{where}: {key} {_short(value)} is not an integer, which the COCO format asks for")
     return value
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def _usable_ids(ids: np.ndarray) -> np.ndarray:

@@ -15,6 +15,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif",
 
 
 def _files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise UserError(f"there is no image {path}; give files or folders that are there")
     if not path.is_dir():
         return [path]
     found = sorted(p for p in path.iterdir() if p.suffix.lower() in EXTENSIONS and p.is_file())
@@ -26,17 +28,32 @@ def _files(path: Path) -> list[Path]:
 class ImageFiles:
     """Files as a viewer shows them (an EXIF rotation is applied). Image ids are 1, 2, ... in the given order.
 
+    A file whose header cannot be read keeps its id and is no part of the source: ``skipped`` has its name and why.
+
     Args:
         paths: files, or folders of which every image is taken, by name.
     Raises:
-        UserError: nothing there, no image in a folder, or a file that is no image.
+        UserError: nothing there, no image in a folder, or no file that is an image.
     """
 
     classes = Classes((), ())
 
     def __init__(self, paths: Sequence[str | Path]):
-        self.paths = [file for path in paths for file in _files(Path(path))]
-        self._sizes = [header_size(p, upright=True) for p in self.paths]
+        self.paths: list[Path] = []
+        self.skipped: list[tuple[str, str]] = []
+        self._sizes: list[tuple[int, int]] = []
+        self._ids: list[int] = []
+        files = [file for path in paths for file in _files(Path(path))]
+        for number, file in enumerate(files, start=1):
+            try:
+                self._sizes.append(header_size(file, upright=True))
+            except UserError as error:
+                self.skipped.append((str(file), str(error)))
+                continue
+            self.paths.append(file)
+            self._ids.append(number)
+        if not self.paths:
+            raise UserError(f"none of {len(self.skipped)} files is an image; {self.skipped[0][1]}")
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -45,18 +62,18 @@ class ImageFiles:
         return self._sizes[index]
 
     def image_id(self, index: int) -> int:
-        return index + 1
+        return self._ids[index]
 
     def name(self, index: int) -> str:
         return str(self.paths[index])
 
     def sample(self, index: int) -> Sample:
         none = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
-        return Sample(read_rgb(self.paths[index], None), index + 1, *none)
+        return Sample(read_rgb(self.paths[index], None), self._ids[index], *none)
 
     def ground_truth(self) -> dict:
         rows = [(i, *self.size_px(i)) for i in range(len(self))]
-        images = [{"id": i + 1, "file_name": self.name(i), "height": h, "width": w} for i, h, w in rows]
+        images = [{"id": self._ids[i], "file_name": self.name(i), "height": h, "width": w} for i, h, w in rows]
         return {"info": {}, "images": images, "annotations": [], "categories": []}
 
     def fingerprint(self) -> str:

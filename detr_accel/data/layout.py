@@ -78,7 +78,7 @@ def _looks_like_coco(path: Path) -> bool:
         if len(head) < 1 << 16:
             tree = json.loads(head)
             return isinstance(tree, dict) and {"images", "annotations", "categories"} <= tree.keys()
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     # too large to parse twice: the lists' order differs, but one of the names stands near the top of each writer's file
     return head.lstrip().startswith(b"{") and any(k in head for k in (b'"images"', b'"annotations"', b'"categories"'))

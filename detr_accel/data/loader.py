@@ -81,7 +81,8 @@ def batches(
     workers: int = 0,
     prefetch: int = 2,
     pin_memory: bool = False,
-) -> Iterator[Batch]:
+    keep_faults: bool = False,
+) -> Iterator[Batch | UserError]:
     """One batch for each task, in the order of the tasks.
 
     Closing the iterator ends the workers. The global random generators are neither read nor moved.
@@ -90,6 +91,7 @@ def batches(
         workers: processes; 0 works in the calling one.
         prefetch: tasks that each worker keeps ready.
         pin_memory: page-locked batches, for asynchronous copies to a GPU.
+        keep_faults: yield the error of a broken record in the place of its batch, and go on.
     Raises:
         UserError: a record is broken, or the operating system ended a worker.
     """
@@ -107,7 +109,7 @@ def batches(
     _open_streams.add(stream)
     try:
         for batch in stream:
-            if isinstance(batch, UserError):
+            if isinstance(batch, UserError) and not keep_faults:
                 raise batch
             yield batch
     except (RuntimeError, OSError, EOFError) as error:  # the latter two: it died while a batch changed hands

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from detr_accel import data
 from detr_accel.infer.detector import Detector, load
-from detr_accel.structures import Classes, Detections, UserError
+from detr_accel.structures import Classes, Detections, UserError, writing
 
 DEFAULT_THRESHOLD = 0.7  # DETR's own demonstration, for checkpoints that were never evaluated here
 
@@ -34,37 +34,91 @@ def predict(
         images: files, or folders of which every image is taken.
         out: folder for one picture per image and ``detections.json`` (a list in COCO's result format, each row with its
             file_name; boxes are [left, top, width, height] in pixels of the file).
-        threshold: least score; None takes the one stored with the checkpoint, the best F1 on its validation set.
+        threshold: least score, 0..1; None takes the one stored with the checkpoint, the best F1 on its validation set.
     Returns:
-        counts and notes, as printed by the command line.
+        counts, notes as printed by the command line, and ``skipped``: the files that could not be read, each with why.
     Raises:
-        UserError: no images, an unreadable one, an output folder that cannot be written.
+        UserError: no images, an output folder that is also an input or cannot be written, an impossible threshold.
     """
+    if threshold is not None and not 0 <= threshold <= 1:  # NaN is not, either
+        raise UserError(f"--threshold {threshold} is no score: give a number from 0 to 1")
+    source = data.ImageFiles(images)
+    _check_out(out, images, source)
     detector = load(path, decoder_layers=decoder_layers, device=device)
     threshold, why = _threshold(threshold, detector)
-    source = data.ImageFiles(images)
-    try:
+    skipped, rows = list(source.skipped), []
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}") from None
+    for index, found in enumerate(_found(detector, source, threshold, quiet)):
+        name = source.name(index)
+        try:
+            if isinstance(found, UserError):
+                raise found
+            picture = draw(source.sample(index).image, found, detector.classes)
+        except UserError as error:
+            skipped.append((name, str(error)))
+            continue
+        with writing(out):
+            picture.save(out / _picture_name(name, found.image_id), quality=92)
+        rows += _coco_rows(found, name, detector.classes)
+    with writing(out):
+        (out / "detections.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    return _summary(detector, rows, len(source.paths) + len(source.skipped), skipped, threshold, why, out)
+
+
+def _found(
+    detector: Detector, source: data.ImageFiles, threshold: float, quiet: bool
+) -> Iterator[Detections | UserError]:
+    """What is in each image above the threshold, or why it cannot be read."""
     recipe = detector.recipe.model_copy(deep=True)
     recipe.evaluate.batch = 1  # an image's boxes do not depend on what it was padded with
-    model = detector.model
-    batches = data.eval_batches(recipe, source, rank=0, num_ranks=1, mean=model.mean, std=model.std)
-    rows: list[dict] = []
-    for index, batch in enumerate(
-        tqdm(batches, total=len(source), desc="predict", unit="image", disable=quiet or None)
-    ):
-        (found,) = detector(batch, recipe.model.num_queries)
-        found = _above(found, threshold)
-        draw(source.sample(index).image, found, detector.classes).save(
-            out / _picture_name(source.name(index), index), quality=92
+    mean, std = detector.model.mean, detector.model.std
+    batches = data.eval_batches(recipe, source, rank=0, num_ranks=1, mean=mean, std=std, keep_faults=True)
+    for batch in tqdm(batches, total=len(source), desc="predict", unit="image", disable=quiet or None):
+        if isinstance(batch, UserError):
+            yield batch
+        else:
+            (found,) = detector(batch, recipe.model.num_queries)
+            yield _above(found, threshold)
+
+
+def _summary(
+    detector: Detector,
+    rows: list[dict],
+    given: int,
+    skipped: list[tuple[str, str]],
+    threshold: float,
+    why: str,
+    out: Path,
+) -> dict:
+    done = given - len(skipped)
+    notes = [
+        *detector.notes,
+        f"{len(rows)} objects in {done} images at score >= {threshold:.3f} ({why})",
+        f"wrote {out}/detections.json and a picture of each image",
+    ]
+    if skipped:
+        notes += [f"skipped {len(skipped)} of {given} files:", *(f"    {reason}" for _, reason in skipped)]
+    return {
+        "images": done, "objects": len(rows), "threshold": threshold, "out": str(out),
+        "skipped": [{"file_name": name, "reason": reason} for name, reason in skipped], "notes": notes,
+    }  # fmt: skip
+
+
+def _check_out(out: Path, given: Sequence[str | Path], source: data.ImageFiles) -> None:
+    """
+    Raises:
+        UserError: a later run would take the pictures for images, or a picture would take an image's place.
+    """
+    if any(Path(path).is_dir() and Path(path).resolve() == out.resolve() for path in given):
+        raise UserError(
+            f"--out {out} is also a folder of images, and pictures would be mixed with them: choose another"
         )
-        rows += _coco_rows(found, source.name(index), detector.classes)
-    (out / "detections.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    summary = f"{len(rows)} objects in {len(source)} images at score >= {threshold:.3f} ({why})"
-    notes = [*detector.notes, summary, f"wrote {out}/detections.json and a picture of each image"]
-    return {"images": len(source), "objects": len(rows), "threshold": threshold, "out": str(out), "notes": notes}
+    inputs = {path.resolve() for path in source.paths}
+    for index in range(len(source)):
+        picture = out / _picture_name(source.name(index), source.image_id(index))
+        if picture.resolve() in inputs:
+            raise UserError(f"--out {out}: the picture {picture.name} would overwrite an image: choose another folder")
 
 
 def _threshold(asked: float | None, detector: Detector) -> tuple[float, str]:
@@ -87,8 +141,8 @@ def _above(found: Detections, threshold: float) -> Detections:
     return Detections(found.image_id, found.scores[keep], found.labels[keep], found.boxes_xyxy_px[keep])
 
 
-def _picture_name(name: str, index: int) -> str:
-    return f"{index:05d}_{Path(name).stem}.jpg"
+def _picture_name(name: str, image_id: int) -> str:
+    return f"{image_id - 1:05d}_{Path(name).stem}.jpg"
 
 
 def _coco_rows(found: Detections, name: str, classes: Classes) -> list[dict]:

@@ -6,7 +6,7 @@ import difflib
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 
 import timm
 import torch
@@ -47,7 +47,7 @@ class Backbone(nn.Module):
         load_weights: bool = True,
     ):
         super().__init__()
-        self.body = _create(name, weights if load_weights else "none", dc5)
+        self.body, self.side_multiple = _create(name, weights if load_weights else "none", dc5)
         self.num_channels: int = self.body.feature_info.channels()[-1]
         self.stride: int = self.body.feature_info.reduction()[-1]
         if dc5 and self.stride != 16:
@@ -79,28 +79,33 @@ class Backbone(nn.Module):
         return any(_is_stage(m) or isinstance(m, _CheckpointedBlocks) for m in self.body.modules())
 
     def forward(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W] -> [B, C, h, w]."""
+        """images [B, 3, H, W] -> [B, C, h, w]; h and w are rounded up where the stride does not divide H and W."""
+        below, right = (-side % self.side_multiple for side in images.shape[-2:])
+        if below or right:  # patches must come out even; 0 is the mean colour, as in the padding of a batch
+            images = nn.functional.pad(images, (0, right, 0, below))
         # channels last: the convolutions' own layout on CPUs and tensor cores, and tokens [B, h*w, D] without a copy
         features = self.body(images.contiguous(memory_format=torch.channels_last))[-1]
         return features.movedim(self.channels_axis, 1)
 
 
-def _create(name: str, weights: str, dc5: bool) -> nn.Module:
+def _create(name: str, weights: str, dc5: bool) -> tuple[nn.Module, int]:
+    """The timm model, and what the sides of its images must be multiples of."""
     _check_name(name)
     options: dict = {"features_only": True, "out_indices": (-1,)}
     if dc5:
         options["output_stride"] = 16
-    options |= _any_image_size(name, options)
+    extra, multiple = _any_image_size(name, dc5)
+    options |= extra
     if weights == "none":
-        return _call_timm(name, dc5, pretrained=False, **options)
+        return _call_timm(name, dc5, pretrained=False, **options), multiple
     if weights == "pretrained":
         with pretrained.explain_missing(name):
-            return _call_timm(name, dc5, pretrained=True, **options)
+            return _call_timm(name, dc5, pretrained=True, **options), multiple
     state = pretrained.read_for(name, weights)
     # the state dict was checked against the model by name or by order, so that timm's lenient loading leaves no gap
     body = _call_timm(name, dc5, pretrained=True, pretrained_cfg_overlay={"state_dict": state}, **options)
     body.pretrained_cfg["state_dict"] = None
-    return body
+    return body, multiple
 
 
 def _call_timm(name: str, dc5: bool, **options) -> nn.Module:
@@ -112,19 +117,46 @@ def _call_timm(name: str, dc5: bool, **options) -> nn.Module:
         raise UserError(f"model.backbone.name: timm cannot take features from {name} ({error}); {remedy}") from None
 
 
-def _any_image_size(name: str, options: dict) -> dict:
-    """timm's vision transformers insist on one image size unless told otherwise."""
+@cache
+def _any_image_size(name: str, dc5: bool) -> tuple[dict, int]:
+    """Options that make a model take images of any size, and what their sides must still be multiples of.
+
+    Found by trying on the meta device, where nothing is computed.
+
+    Raises:
+        UserError: the model takes one size only.
+    """
+    options = {"features_only": True, "out_indices": (-1,)} | ({"output_stride": 16} if dc5 else {})
     with torch.device("meta"):
-        body = _call_timm(name, bool(options.get("output_stride")), pretrained=False, **options)
-        if not any(getattr(m, "strict_img_size", False) for m in body.modules()):
-            return {}
-        for extra in ({"dynamic_img_size": True}, {"strict_img_size": False}):
-            try:
-                timm.create_model(name, pretrained=False, **options, **extra)
-                return extra
-            except TypeError:
-                continue
-    return {}
+        body, extra = _call_timm(name, dc5, pretrained=False, **options), {}
+        if any(getattr(m, "strict_img_size", False) for m in body.modules()):
+            for extra in ({"dynamic_img_size": True}, {"strict_img_size": False}):
+                try:
+                    body = timm.create_model(name, pretrained=False, **options, **extra)
+                    break
+                except TypeError:
+                    extra = {}
+        for multiple in _SIDE_MULTIPLES:
+            if _takes(body.eval(), 5 * multiple, 7 * multiple):
+                return extra, 1 if multiple == _SIDE_MULTIPLES[0] else multiple
+    raise UserError(
+        f"model.backbone.name: {name} takes images of one size only, and a detector sees many; choose another, such as "
+        "resnet50, convnext_tiny or vit_small_patch16_224"
+    )
+
+
+_SIDE_MULTIPLES = (13, 8, 14, 16, 32, 64)  # 13: of no patch size, so a model that takes it takes every size
+
+
+def _takes(body: nn.Module, height: int, width: int) -> bool:
+    """Whether a model on the meta device takes images of this size."""
+    try:
+        body(torch.empty(1, 3, height, width))
+    except NotImplementedError:  # an operation without a meta version says nothing about sizes
+        return True
+    except (AssertionError, RuntimeError, ValueError, IndexError) as error:
+        return "meta" in str(error)
+    return True
 
 
 def _check_name(name: str) -> None:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import os
 import pickle
+import pickletools
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from detr_accel import recipe as recipes
@@ -32,7 +35,7 @@ from detr_accel.models.keymaps import (
 )
 from detr_accel.models.warm_start import warm_start
 from detr_accel.models.weights import Loaded
-from detr_accel.structures import Classes, UserError
+from detr_accel.structures import Classes, UserError, writing
 
 __all__ = ["FORMATS", "cut_head", "fetch", "init_from", "read", "write"]
 
@@ -54,9 +57,10 @@ def read(path: str | Path, *, dc5: bool | None = None, num_heads: int | None = N
     path = Path(path)
     if path.is_file() and path.name == weights.MODEL and any((path.parent / n).exists() for n in _DESCRIBED_BY):
         path = path.parent
-    if not path.exists() and hub.is_hub_id(str(path)):
-        raise UserError(f"nothing at {path}; if it is on the Hub, run `detr-accel fetch {path} --out FOLDER` first")
-    if path.is_file():
+    if not path.exists():
+        raise UserError(_nothing_at(path))
+    described = path.suffix == ".safetensors" and (path.parent / weights.RECIPE).is_file()
+    if path.is_file() and not described:
         loaded = _read_file(path, dc5, num_heads)
     elif (path / "config.json").is_file() and not (path / weights.RECIPE).exists():
         loaded = transformers_folder.read(path)
@@ -72,6 +76,13 @@ def read(path: str | Path, *, dc5: bool | None = None, num_heads: int | None = N
     return loaded
 
 
+def _nothing_at(path: Path) -> str:
+    sentence = f"there is no such run, checkpoint or file: {path}"
+    if hub.is_hub_id(str(path)):
+        sentence += f"; if it is a model on the Hub, run `detr-accel fetch {path} --out FOLDER` first"
+    return sentence + ("" if path.is_absolute() else f" (looked in {Path.cwd()})")
+
+
 def write(loaded: Loaded, path: str | Path, to: str = "ours", cut_head: bool = False) -> list[str]:
     """Write a detector in one of the three formats; nothing that exists is overwritten.
 
@@ -82,7 +93,7 @@ def write(loaded: Loaded, path: str | Path, to: str = "ours", cut_head: bool = F
     Returns:
         lines to print, those of reading included.
     Raises:
-        UserError: the path is taken, or the format cannot hold this detector.
+        UserError: the path is taken or cannot be written, or the format cannot hold this detector.
     """
     if to not in FORMATS:
         raise UserError(f"{to!r} is no format: choose one of {', '.join(FORMATS)}")
@@ -93,17 +104,26 @@ def write(loaded: Loaded, path: str | Path, to: str = "ours", cut_head: bool = F
     if cut_head:
         loaded, line = _cut(loaded)
         lines.append(line)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.unlink(missing_ok=True)
-    lines += FORMATS[to](loaded, partial)
-    if path.is_dir():
-        path.rmdir()
-    os.replace(partial, path)
+    with writing(path, SafetensorError, RuntimeError):  # torch.save says "enforce fail" of a full disk
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove(partial)
+            lines += FORMATS[to](loaded, partial)
+            if path.is_dir():
+                path.rmdir()
+            os.replace(partial, path)
+        finally:
+            _remove(partial)
     count = sum(v.numel() for v in loaded.state_dict.values())
     lines.append(f"wrote {path} ({to}): {count:,} numbers, {len(loaded.classes)} labels")
     return lines
+
+
+def _remove(partial: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    with suppress(OSError):
+        partial.unlink()
 
 
 def cut_head(loaded: Loaded) -> Loaded:
@@ -148,6 +168,8 @@ def _read_file(path: Path, dc5: bool | None, num_heads: int | None) -> Loaded:
 
 
 def _unpickle_tensors(path: Path) -> dict[str, Any]:
+    if not _may_be_pytorch(path):
+        raise UserError(f"{path} is no weights file: give a run, a model folder, a .pth or a .safetensors file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -156,12 +178,27 @@ def _unpickle_tensors(path: Path) -> dict[str, Any]:
             f"you trust the file, keep its weights only, with python -c \"import torch; c = torch.load('{path}', "
             "weights_only=False); torch.save({'model': c['model']}, 'weights_only.pth')\", and give weights_only.pth"
         ) from None
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+    except Exception as error:  # damaged pickles raise whatever the bytes happen to mean
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is no PyTorch file or is cut short ({reason}): copy it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state dict: nothing to convert")
     return content
+
+
+def _may_be_pytorch(path: Path) -> bool:
+    """Whether a file is a zip archive or begins with a whole pickle, as torch.save writes them. Nothing is run."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(4)
+            if head == b"PK\x03\x04":
+                return True
+            file.seek(0)
+            return head[:1] == b"\x80" and sum(1 for _ in pickletools.genops(file)) > 0
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except Exception:  # genops, of bytes that are no pickle
+        return False
 
 
 def _official(state: StateDict, extra: Any, path: Path, dc5: bool | None, num_heads: int | None) -> Loaded:
@@ -177,7 +214,10 @@ def _official(state: StateDict, extra: Any, path: Path, dc5: bool | None, num_he
     if len(named) > len(state):
         report.append(f"left out: {len(named) - len(state)} batch counters, which frozen normalisation does not use")
     if extra:
-        recipe, classes = recipes.loads(extra["recipe"], str(path)), Classes.from_json(extra["classes"])
+        if not isinstance(extra, dict) or not isinstance(extra.get("recipe"), str):
+            raise UserError(f"{path}: its entry {_EXTRA} is damaged (a recipe and a class table belong there)")
+        recipe = recipes.loads(extra["recipe"], f"{path}, entry {_EXTRA}")
+        classes = weights.classes_from(extra.get("classes"), f"{path}: entry {_EXTRA}")
         report.append(f"class table and recipe: as kept in the file's entry {_EXTRA}")
     else:
         recipe = architecture.infer(state, path.stem, path, dc5=bool(dc5), num_heads=num_heads or 8)

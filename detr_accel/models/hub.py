@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from detr_accel.structures import UserError
 
 _FILES = ["model.safetensors", "config.json", "preprocessor_config.json", "recipe.yaml", "classes.json", "meta.json"]
+_PATIENCE_SECONDS = 10.0
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether ``source`` reads like OWNER/NAME or OWNER/NAME@REVISION, and like no path that is begun here."""
-    return bool(_HUB_ID.match(source)) and not Path(source.split("/")[0]).exists()
+    """Whether ``source`` reads like OWNER/NAME or OWNER/NAME@REVISION, and like no path: not begun here, no run."""
+    owner = source.split("/")[0]
+    return bool(_HUB_ID.match(source)) and owner not in ("runs", "checkpoints") and not Path(owner).exists()
 
 
 def fetch(hub_id: str, out: str | Path | None = None) -> Path:
@@ -38,7 +42,8 @@ def fetch(hub_id: str, out: str | Path | None = None) -> Path:
     name, _, revision = hub_id.partition("@")
     copy = str(out) if out is not None else None
     try:
-        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=_FILES, local_dir=copy))
+        with offline_if_unreachable():
+            folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=_FILES, local_dir=copy))
     except LocalEntryNotFoundError:
         raise UserError(_not_here(hub_id, constants.HF_HUB_CACHE)) from None
     except (RepositoryNotFoundError, HFValidationError):
@@ -50,6 +55,30 @@ def fetch(hub_id: str, out: str | Path | None = None) -> Path:
             raise UserError(_not_here(hub_id, constants.HF_HUB_CACHE))
         raise UserError(f"{hub_id} has no model.safetensors: only detectors published as safetensors can be read")
     return folder
+
+
+@contextmanager
+def offline_if_unreachable() -> Iterator[str | None]:
+    """Ask the Hub once, quickly; where it does not answer, the cache alone is looked at, without minutes of retries.
+
+    Yields:
+        why the Hub is not to be reached; None when it answers, or when HF_HUB_OFFLINE says not to ask.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    reason = None
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=_PATIENCE_SECONDS)
+        except Exception as error:  # each transport has its own
+            reason = f"{constants.ENDPOINT} does not answer: {str(error).strip() or type(error).__name__}"
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or reason is not None
+    try:
+        yield reason
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _not_here(hub_id: str, cache: str) -> str:

@@ -13,6 +13,7 @@ import timm
 import torch
 from torch import Tensor
 
+from detr_accel.models import hub
 from detr_accel.structures import UserError
 
 _logger = logging.getLogger(__name__)
@@ -36,14 +37,16 @@ def quiet_timm() -> Iterator[None]:
 def explain_missing(name: str) -> Iterator[None]:
     """Turn whatever timm, huggingface_hub or the network raise into one sentence. Never a silent random start."""
     try:
-        yield
+        with hub.offline_if_unreachable() as unreachable:
+            yield
     except UserError:
         raise
     except Exception as error:  # each transport has its own exceptions; all mean that there are no weights
         reason = str(error).strip().partition("\n")[0].partition(". ")[0]
+        reason = unreachable or f"{type(error).__name__}: {reason}"
         raise UserError(
             f"the pretrained weights of backbone {name} are neither in the cache nor to be downloaded "
-            f"({type(error).__name__}: {reason[:200]}). On a machine with network: "
+            f"({reason[:200]}). On a machine with network: "
             f"python -c \"import timm; timm.create_model('{name}', pretrained=True)\" fills the cache (HF_HOME); or "
             "set model.backbone.weights to a local .pth or .safetensors file, or to none for a random start"
         ) from None
@@ -91,13 +94,14 @@ def _read(path: str) -> dict[str, Tensor]:
             state = load_file(file)
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except pickle.UnpicklingError:  # torch's own words advise to run what is in the file
+        raise UserError(
+            f"model.backbone.weights: {path} is no file of plain tensors (it is no PyTorch file, or holds other Python "
+            "objects): give a .pth of tensors or a .safetensors file"
+        ) from None
+    except Exception as error:  # damaged files raise whatever their bytes happen to mean
         reason = (str(error).strip() or type(error).__name__).partition("\n")[0][:160]
         raise UserError(f"model.backbone.weights: {path} is no file of plain tensors ({reason})") from None
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise UserError(f"model.backbone.weights: {path} is not a safetensors file ({error})") from None
     for key in ("state_dict_ema", "model_ema", "state_dict", "model"):  # the usual envelopes
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

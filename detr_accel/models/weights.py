@@ -9,6 +9,7 @@ pickled.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,8 @@ from detr_accel.models.keymaps import StateDict, strip_wrappers
 from detr_accel.structures import Classes, UserError
 
 MODEL, RECIPE, CLASSES, META = "model.safetensors", "recipe.yaml", "classes.json", "meta.json"
-SPLIT = "split.json"
+SPLIT, MANIFEST = "split.json", "manifest.json"
+_NEEDED = (MODEL, RECIPE, CLASSES)
 _REMEDY = "copy it again or take another checkpoint"
 
 
@@ -92,23 +94,35 @@ def save(
 def load(path: str | Path, which: str | None = None) -> Loaded:
     """Read a model folder, or the one inside a run or checkpoint folder, onto the CPU.
 
+    Args:
+        path: as ``find`` takes it, or a ``.safetensors`` file beside a recipe.yaml (a checkpoint's raw weights).
     Raises:
         UserError: nothing there, a file missing or damaged, or parts that do not belong together.
     """
-    folder = find(path, which)
-    state = read_safetensors(folder / MODEL)
+    path = Path(path)
+    given = path.is_file() and path.suffix == ".safetensors" and path.name != MODEL
+    file = path if given else find(path, which) / MODEL
+    folder = file.parent
+    fault = damage(folder, (file.name, RECIPE, CLASSES, META, SPLIT))
+    if fault is not None:
+        raise UserError(f"{folder} is damaged: {fault}; {_REMEDY}")
+    state = read_safetensors(file)
     recipe = recipes.loads(_read_text(folder / RECIPE), str(folder / RECIPE))
     classes = _read_classes(folder / CLASSES)
     check_head(state, classes, folder)
-    meta = read_json(folder / META) if (folder / META).exists() else {}
-    return Loaded(state, recipe, classes, meta, folder, split=_read_split(folder))
+    meta = _read_meta(folder / META) if (folder / META).exists() else {}
+    if given:
+        meta |= {"weights": file.stem, "metrics": None, "metrics_window": None, "threshold": None}  # were the others'
+    notes = [] if given else _detour(path, folder)
+    return Loaded(state, recipe, classes, meta, file if given else folder, notes, _read_split(folder))
 
 
 def find(path: str | Path, which: str | None = None) -> Path:
     """The model folder that ``path`` means.
 
     Args:
-        path: a run (``checkpoints/best``, else ``checkpoints/last``), a checkpoint, or a model folder.
+        path: a run (``checkpoints/best``, else ``checkpoints/last``, else, where these links were lost, its newest
+            whole checkpoint), a checkpoint, or a model folder.
         which: ``best`` or ``last``, to insist on one of a run's checkpoints.
     Raises:
         UserError: there is none.
@@ -125,10 +139,76 @@ def find(path: str | Path, which: str | None = None) -> Path:
         for candidate in (folder, folder / "model"):
             if (candidate / MODEL).is_file():
                 return candidate
+        if folder != path and folder.is_dir():
+            raise UserError(f"{folder / MODEL} is missing: give another checkpoint of {path}/checkpoints")
+    if which != "best" and (newest := _newest_whole(path / "checkpoints")) is not None:
+        return newest
     if (path / "checkpoints").is_dir():
         wanted = which or "best or last"
         raise UserError(f"run {path} has no finished checkpoint ({wanted}) yet: let it reach its first one")
     raise UserError(f"no {MODEL} in {path}: give a run folder (runs/NAME), a checkpoint or a model folder")
+
+
+def _newest_whole(checkpoints: Path) -> Path | None:
+    """The newest checkpoint that is as its manifest says; one without a manifest was never finished.
+
+    Raises:
+        UserError: there are checkpoints, and all are damaged; what is wrong with the newest is named.
+    """
+    faults = []
+    for folder in sorted(checkpoints.glob("window-*"), reverse=True):
+        fault = damage(folder, _NEEDED) if (folder / MANIFEST).is_file() else f"{MANIFEST} is missing"
+        if fault is None:
+            return folder
+        faults.append(f"{folder}: {fault}")
+    if faults:
+        raise UserError(f"no checkpoint in {checkpoints} is whole ({faults[0]}): {_REMEDY}")
+    return None
+
+
+def _detour(path: Path, found: Path) -> list[str]:
+    """Say so where a run's checkpoint is not the one that its links should show."""
+    checkpoints = path / "checkpoints"
+    if found.parent == checkpoints and found.name.startswith("window-"):
+        return [f"{checkpoints} has lost its links best and last: its newest whole checkpoint, {found.name}, is taken"]
+    best = checkpoints / "best"
+    if best.is_symlink() and not best.exists() and found == checkpoints / "last":
+        return [f"{best} points to nothing: the last checkpoint is taken"]
+    return []
+
+
+def damage(folder: Path, names: tuple[str, ...]) -> str | None:
+    """What is wrong with some files of a checkpoint, in words; None when they are as the manifest says.
+
+    A folder without a manifest (a converted one) is taken as it is; so are files that only some checkpoints have.
+    """
+    if not (folder / MANIFEST).exists():
+        return None
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return f"{MANIFEST} cannot be read"
+    if not isinstance(manifest, dict):
+        return f"{MANIFEST} is no table of files"
+    for name in names:
+        if name not in manifest and name in (names[0], *_NEEDED[1:]):
+            return f"{MANIFEST} does not list {name}"
+        fault = _differs(folder / name, manifest[name]) if name in manifest else None
+        if fault is not None:
+            return fault
+    return None
+
+
+def _differs(file: Path, row: Any) -> str | None:
+    if not isinstance(row, dict) or not {"bytes", "sha256"} <= row.keys():
+        return f"{MANIFEST} has no size and sha256 of {file.name}"
+    if not file.is_file():
+        return f"{file.name} is missing"
+    if file.stat().st_size != row["bytes"]:
+        return f"{file.name} has {file.stat().st_size} bytes instead of {row['bytes']}"
+    with open(file, "rb") as content:
+        same = hashlib.file_digest(content, "sha256").hexdigest() == row["sha256"]
+    return None if same else f"{file.name} was changed after it was written (sha256 differs)"
 
 
 def load_into(model: nn.Module, state: StateDict, source: str | Path) -> None:
@@ -188,11 +268,30 @@ def _own_memory(state: StateDict) -> StateDict:
 
 
 def _read_classes(path: Path) -> Classes:
-    data = read_json(path)
-    try:
-        return Classes.from_json(data)
-    except (KeyError, TypeError, AssertionError):
-        raise UserError(f"{path} is no class table: it needs names and category_ids, lists of equal length") from None
+    return classes_from(read_json(path), str(path))
+
+
+def classes_from(data: Any, where: str) -> Classes:
+    """
+    Raises:
+        UserError: no class table; ``where`` is named.
+    """
+    lists = [data.get(key) for key in ("names", "category_ids")] if isinstance(data, dict) else [None]
+    if all(isinstance(items, list) for items in lists) and len(lists[0]) == len(lists[1]):
+        names, ids = lists
+        if all(n is None or isinstance(n, str) for n in names) and all(i is None or type(i) is int for i in ids):
+            return Classes(tuple(names), tuple(ids))
+    raise UserError(f"{where} is no class table: it needs names and category_ids, lists of equal length")
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    meta = read_json(path)
+    metrics = meta.get("metrics") if isinstance(meta, dict) else 0
+    threshold = meta.get("threshold") if isinstance(meta, dict) else 0
+    whole = metrics is None or (isinstance(metrics, dict) and isinstance(meta.get("metric"), str))
+    if not whole or not (threshold is None or type(threshold) in (int, float)):
+        raise UserError(f"{path} does not describe weights as a checkpoint's {META} does: {_REMEDY}")
+    return meta
 
 
 def _read_split(folder: Path) -> dict[str, Any] | None:
@@ -202,16 +301,20 @@ def _read_split(folder: Path) -> dict[str, Any] | None:
     if path is None:
         return None
     split = read_json(path)
-    if not isinstance(split, dict) or not {"seed", "train", "val"} <= split.keys():
+    parts = [split.get(name) for name in ("train", "val")] if isinstance(split, dict) and "seed" in split else [None]
+    if not all(isinstance(ids, list) and all(type(i) is int for i in ids) for ids in parts):
         raise UserError(f"{path} is no saved split (a seed, and the image ids of train and val): {_REMEDY}")
     return split
 
 
 def read_json(path: Path) -> Any:
+    text = _read_text(path)
     try:
-        return json.loads(_read_text(path))
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not valid json (line {error.lineno}): {_REMEDY}") from None
+    except (ValueError, RecursionError):  # a number of thousands of digits, or nesting without end
+        raise UserError(f"{path} is not valid json: {_REMEDY}") from None
 
 
 def _read_text(path: Path) -> str:

@@ -56,6 +56,8 @@ def test_targets_follow_the_order_of_detr(folder, recipe_for):
     assert [a["bbox"] for a in kept] == [crowd["bbox"], *boxes.values()]
     assert [a["iscrowd"] for a in kept] == [1, 0, 0, 0, 0] and kept[1]["area"] == 100  # from the box
     assert "1 crowd regions" in splits.found[0] and "2 boxes without area" in splits.found[0]
+    assert "1 boxes outside their image (left out of the targets)" in splits.found[0]
+    assert splits.train.num_targets() == sum(len(splits.train.sample(i).labels) for i in range(len(splits.train)))
 
 
 def test_ground_truth_gives_the_file_back(folder, recipe_for):
@@ -142,6 +144,12 @@ def _double(kind, number, **values):
         (_double("categories", 0, id=9), "the name 'dog' is used twice"),
         (_double("categories", 0, name="cow"), "'dog' and 'cow' share the id 7"),
         (_set("categories", 0, name=None), r"categories\[0\] \(id 7\) has no name"),
+        (_set("annotations", 1, bbox=[1, 2, 10**400, 4]), r"bbox \[1, 2, 10000+\.\.\. is not four finite numbers"),
+        (_set("annotations", 1, image_id=2**70), r"image_id \d+ does not fit 64 bits"),
+        (_set("images", 0, id=2**70), r"images\[0\]: id \d+ does not fit 64 bits"),
+        (_set("images", 0, file_name="a\ud800.png"), r"file_name 'a\\ud800.png' holds half a character"),
+        (_set("categories", 0, name="do\udcffg"), r"name 'do\\udcffg' holds half a character"),
+        (lambda t: t["annotations"].clear(), "no image of the training split has a box that could be learned from"),
         (lambda t: t.pop("categories"), "has no list named categories"),
         (lambda t: t["images"].clear() or t["annotations"].clear(), "lists no images"),
     ],
@@ -159,11 +167,31 @@ def test_broken_json_and_missing_folder_are_named(folder, recipe_for, tmp_path):
     (folder[0] / "annotations/instances_train.json").write_text('{"images": [')
     with pytest.raises(UserError, match="instances_train.json is not valid json"):
         data.build(recipe_for(folder[0]))
+    nested = "[" * 200_000 + "]" * 200_000
+    (folder[0] / "annotations/instances_train.json").write_text(f'{{"images": {nested}}}')
+    with pytest.raises(UserError, match="instances_train.json is no COCO detection json: .* nested without end"):
+        data.build(recipe_for(folder[0]))
     with pytest.raises(UserError, match="nowhere does not exist"):
         data.build(recipe_for(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no COCO json in .*empty"):
         data.build(recipe_for(tmp_path / "empty"))
+
+
+@pytest.mark.law8
+def test_a_validation_split_without_boxes_is_said_at_the_start(folder, recipe_for):
+    root, _ = folder
+    path = root / "annotations/instances_val.json"
+    assert not any("no boxes" in line for line in data.build(recipe_for(root)).found)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
+    assert any("validation split has no boxes" in line for line in data.build(recipe_for(root)).found)
+
+
+@pytest.mark.law8
+def test_a_box_beyond_every_float32_is_cut_at_the_border(folder, recipe_for):
+    root, spoil = folder
+    spoil(lambda t: t["annotations"].append({"image_id": 3, "category_id": 7, "bbox": [3, 4, 10**300, 10**300]}))
+    assert data.build(recipe_for(root)).train.sample(2).boxes_xyxy_px.tolist() == [[3, 4, 30, 20]]
 
 
 @pytest.mark.law8

@@ -25,6 +25,17 @@ def test_a_folder_stands_for_its_images_by_name(tmp_path):
 def test_a_folder_without_images_and_a_file_that_is_none_are_named(tmp_path):
     with pytest.raises(UserError, match="holds no image"):
         ImageFiles([tmp_path])
+    with pytest.raises(UserError, match="there is no image .*gone.jpg"):
+        ImageFiles([tmp_path / "gone.jpg"])
     (tmp_path / "x.jpg").write_bytes(b"no")
-    with pytest.raises(UserError, match="x.jpg"):
+    with pytest.raises(UserError, match="none of 1 files is an image; .*x.jpg"):
         ImageFiles([tmp_path])
+
+
+def test_a_file_that_is_no_image_is_skipped_with_its_reason_and_keeps_its_number(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"no")
+    _picture(tmp_path / "b.png")
+    source = ImageFiles([tmp_path])
+    assert [source.image_id(i) for i in range(len(source))] == [2] and source.sample(0).image_id == 2
+    ((name, reason),) = source.skipped
+    assert name == str(tmp_path / "a.jpg") and name in reason

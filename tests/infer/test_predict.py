@@ -75,6 +75,67 @@ def test_fewer_decoder_layers_find_something_else(make_run, predicted):
     assert len(first[0]) == len(whole[0]) and first[0] != whole[0]
 
 
+@pytest.mark.law8
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_cannot_be_read_is_skipped_and_named_and_the_rest_is_found(
+    make_run, tmp_path, photos, capsys, workers
+):
+    recipe = make_run() / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("workers: 0", f"workers: {workers}"))
+    noise = np.random.default_rng(0).integers(0, 256, (90, 90, 3), np.uint8)
+    Image.fromarray(noise).save(photos / "00.jpg")  # between the two others
+    (photos / "00.jpg").write_bytes((photos / "00.jpg").read_bytes()[:2000])
+    (photos / "none.png").write_bytes(b"<html>")
+    command = ["predict", str(tmp_path / "run"), str(photos), "--out", str(tmp_path / "out"), "--threshold", "0"]
+    assert cli.main([*command, "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["images"] == 2 and {r["file_name"] for r in told["skipped"]} == {
+        str(photos / "00.jpg"), str(photos / "none.png")
+    }  # fmt: skip
+    assert any("truncated" in r["reason"] for r in told["skipped"])
+    assert told["notes"][-3] == "skipped 2 of 4 files:"
+    rows = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert {(r["image_id"], r["file_name"]) for r in rows} == {(1, str(photos / "0.png")), (3, str(photos / "1.png"))}
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.jpg")) == ["00000_0.jpg", "00002_1.jpg"]
+
+
+def test_pictures_are_never_mixed_with_the_images(make_run, tmp_path, photos, capsys):
+    make_run()
+    command = ["predict", str(tmp_path / "run"), str(photos), "--out", str(photos / "../photos")]
+    assert cli.main(command) == 2 and "is also a folder of images" in capsys.readouterr().err
+    (photos / "0.png").rename(photos / "00000_0.jpg")
+    (photos / "1.png").rename(photos / "0.png")
+    command = [
+        "predict",
+        str(tmp_path / "run"),
+        str(photos / "0.png"),
+        str(photos / "00000_0.jpg"),
+        "--out",
+        str(photos),
+    ]
+    assert cli.main(command) == 2 and "would overwrite an image" in capsys.readouterr().err
+    assert len(list(photos.iterdir())) == 2
+
+
+@pytest.mark.parametrize("threshold", ["2", "nan", "inf", "-1"])
+def test_a_threshold_that_is_no_score_is_refused(make_run, tmp_path, photos, capsys, threshold):
+    make_run()
+    command = ["predict", str(tmp_path / "run"), str(photos), "--out", str(tmp_path / "out")]
+    assert cli.main([*command, f"--threshold={threshold}"]) == 2
+    assert "give a number from 0 to 1" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("out", ["file/x", "/proc/nothing/x", "blocked"])
+def test_an_output_folder_that_cannot_be_written_is_one_sentence(make_run, tmp_path, photos, capsys, out):
+    make_run()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "blocked" / "detections.json").mkdir(parents=True)
+    command = ["predict", str(tmp_path / "run"), str(photos), "--out", str(tmp_path / out)]
+    assert cli.main(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("detr-accel: cannot write ") and error.count("\n") == 1
+
+
 def test_boxes_are_drawn_where_they_were_found(make_run, predicted):
     make_run()
     rows, _, out = predicted("--threshold", "0.5")

@@ -137,3 +137,32 @@ def test_recipe_defaults_are_detr_r101():
     assert model.mean == (0.485, 0.456, 0.406) and model.std == (0.229, 0.224, 0.225)
     trained = {n.split(".")[2] for n, _ in models.param_groups(model)["backbone"]}
     assert trained == {"layer2", "layer3", "layer4"}
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "hrnet_w18_small"])
+def test_sides_that_no_patch_divides_are_padded_below_and_to_the_right(name):
+    torch.manual_seed(0)
+    backbone = Backbone(name).eval()
+    images, padded = torch.randn(1, 3, 72, 100), torch.zeros(1, 3, 96, 128)
+    padded[..., :72, :100] = images
+    below, right = (-side % backbone.side_multiple for side in (72, 100))
+    with torch.no_grad():
+        features = backbone(images)
+        assert torch.equal(features, backbone(padded[..., : 72 + below, : 100 + right]))
+    assert features.shape[-2:] == (-(-72 // backbone.stride), -(-100 // backbone.stride))
+
+
+def test_models_that_take_any_size_are_given_the_image_as_it_is():
+    assert Backbone("resnet18").side_multiple == 1
+
+
+def test_a_detector_takes_a_canvas_that_no_patch_divides(make_model, make_batch):
+    model = make_model(backbone={"name": "vit_tiny_patch16_224", "weights": "none"}).eval()
+    images, mask, _ = make_batch([1, 1], height=72, width=100)
+    assert model(images, mask)["pred_boxes"].isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["maxvit_tiny_tf_224", "levit_128s"])
+def test_a_model_for_one_image_size_is_refused_before_the_first_image(name):
+    with pytest.raises(UserError, match=f"model.backbone.name: {name} takes images of one size only.*resnet50"):
+        Backbone(name)

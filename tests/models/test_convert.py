@@ -6,6 +6,7 @@
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from detr_accel import models
 from detr_accel import recipe as recipes
@@ -259,6 +261,46 @@ def test_other_backbones_are_refused_by_the_official_format_and_leave_no_file(tm
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("content", [b"root:x:0:0:/root\n" * 50, b"\xff\xd8\xff\xe0\0\x10JFIF", b"\x80abc", b""])
+def test_what_is_no_weights_file_is_called_so_and_never_recommended_to_be_run(tmp_path, content):
+    (tmp_path / "photo.jpg").write_bytes(content)
+    with pytest.raises(UserError, match="photo.jpg is no weights file") as caught:
+        convert.read(tmp_path / "photo.jpg")
+    assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize("extra", [5, {"recipe": 3}, {"recipe": "data: {format: shapes}", "classes": {"names": 3}}])
+def test_a_damaged_entry_beside_the_weights_is_one_sentence(pth, official, extra):
+    with pytest.raises(UserError, match="detr-r18.pth.*entry detr_accel") as caught:
+        convert.read(pth({"model": official, "detr_accel": extra}))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for read in (convert.read, lambda path: convert.init_from(nn.Linear(1, 1), coco_91(), path)):
+        with pytest.raises(UserError, match="no such run, checkpoint or file: runs/nope") as caught:
+            read("runs/nope")
+        assert "fetch" not in str(caught.value)
+
+
+@pytest.mark.parametrize("to", ["ours", "official", "transformers"])
+@pytest.mark.parametrize("place", ["/proc/nothing/c", "file/c", "full"])
+def test_a_disk_that_cannot_be_written_is_one_sentence_and_leaves_nothing(pth, tmp_path, to, place):
+    loaded = convert.read(pth())
+    (tmp_path / "file").write_text("")
+    before = sorted(tmp_path.iterdir())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if place == "full":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))  # each file ends after 1 MiB, as a disk would
+    try:
+        with pytest.raises(UserError, match="cannot write .*; free space there or choose another path") as caught:
+            convert.write(loaded, tmp_path / place, to=to)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(caught.value) and sorted(tmp_path.iterdir()) == before
+
+
 # -- classes and the head
 
 
@@ -454,12 +496,12 @@ def test_a_cached_detector_is_found_without_network(pth, tmp_path):
 def test_a_path_that_is_begun_here_is_no_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    with pytest.raises(UserError, match="nothing at runs/absent"):
+    with pytest.raises(UserError, match="no such run, checkpoint or file: runs/absent"):
         convert.init_from(tiny_model(3), NEW, "runs/absent")
 
 
 def test_reading_a_hub_id_says_how_to_fetch_it():
-    with pytest.raises(UserError, match="nothing at someone/detr; .*detr-accel fetch someone/detr --out FOLDER"):
+    with pytest.raises(UserError, match="no such run, .*: someone/detr; .*detr-accel fetch someone/detr --out FOLDER"):
         convert.read("someone/detr")
 
 

@@ -124,6 +124,35 @@ def test_a_missing_file_is_refused(tmp_path):
         Backbone("resnet18", str(tmp_path / "nowhere.pth"))
 
 
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path):
+    """Offline without HF_HUB_OFFLINE: one attempt (here at a closed port), not a minute of retries and their lines."""
+    code = """
+import sys
+from detr_accel.models.backbone import Backbone
+from detr_accel.structures import UserError
+try:
+    Backbone("resnet18.tv_in1k", "pretrained", "frozen")
+except UserError as error:
+    print(error)
+    sys.exit(7)
+"""
+    root = Path(__file__).parents[2]
+    dead = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "TORCH_HOME": str(tmp_path)}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")} | dead
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=root, timeout=40)
+    assert (done.returncode, done.stderr) == (7, "")
+    assert "http://127.0.0.1:9 does not answer" in done.stdout and done.stdout.count("\n") == 1
+
+
+def test_a_pickle_is_not_recommended_to_be_run(tmp_path):
+    (tmp_path / "w.pth").write_bytes(pickle.dumps({"a": Path("x")}, protocol=2))
+    (tmp_path / "passwd").write_bytes(b"root:x:0:0:root:/root:/bin/sh\n" * 50)
+    for name in ("w.pth", "passwd"):
+        with pytest.raises(UserError, match="no file of plain tensors") as caught:
+            Backbone("resnet18", str(tmp_path / name))
+        assert "weights_only" not in str(caught.value)
+
+
 def test_without_network_and_cache_one_sentence_and_no_random_start(tmp_path):
     code = """
 import sys

@@ -1,5 +1,7 @@
 """The model folder: what is written is what is read, and everything else is refused in one sentence."""
 
+import hashlib
+import json
 import shutil
 
 import pytest
@@ -198,3 +200,99 @@ def test_a_damaged_split_is_named(tmp_path, text, words):
     (write(tmp_path / "m") / "split.json").write_text(text)
     with pytest.raises(UserError, match=f"split.json is {words}"):
         weights.load(tmp_path / "m")
+
+
+# -- checkpoints with a manifest, and a run whose links were lost
+
+
+def checkpoint(run, window, **changes):
+    """A checkpoint as a run leaves it: weights, raw weights, and a manifest over all files."""
+    folder = write(run / "checkpoints" / f"window-{window:08d}", meta=META | {"window": window}, **changes)
+    shutil.copy(folder / "model.safetensors", folder / "raw.safetensors")
+    rows = {
+        p.name: {"sha256": hashlib.sha256(p.read_bytes()).hexdigest(), "bytes": p.stat().st_size}
+        for p in folder.iterdir()
+    }
+    (folder / "manifest.json").write_text(json.dumps(rows))
+    return folder
+
+
+def zero(path):
+    content = path.read_bytes()
+    path.write_bytes(content[:-16] + b"\0" * 16)
+
+
+@pytest.mark.parametrize("harm, words", [
+    (lambda f: zero(f / "model.safetensors"), "model.safetensors was changed after it was written"),
+    (lambda f: (f / "model.safetensors").open("ab").write(b"x"), r"model.safetensors has \d+ bytes instead of \d+"),
+    (lambda f: (f / "recipe.yaml").write_text(recipes.dumps(RECIPE) + "#"), "recipe.yaml has"),
+    (lambda f: (f / "classes.json").unlink(), "classes.json is missing"),
+    (lambda f: (f / "manifest.json").write_text("{}"), "manifest.json does not list model.safetensors"),
+    (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json is no table of files"),
+    (lambda f: (f / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+    (lambda f: (f / "manifest.json").write_text('{"model.safetensors": 3}'), "manifest.json has no size"),
+])  # fmt: skip
+def test_files_that_are_not_as_the_manifest_says_are_refused(tmp_path, harm, words):
+    folder = checkpoint(tmp_path, 2)
+    assert weights.load(folder).meta["window"] == 2
+    harm(folder)
+    with pytest.raises(UserError, match=f"window-00000002 is damaged: {words}.*; copy it again") as caught:
+        weights.load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_raw_weights_are_read_with_the_recipe_beside_them_and_called_raw(tmp_path):
+    loaded = weights.load(checkpoint(tmp_path, 2) / "raw.safetensors")
+    assert (loaded.recipe, loaded.classes) == (RECIPE, CLASSES)
+    assert weights.which(loaded).startswith("weights: raw of window 2 from ")
+    assert weights.which(loaded).endswith("raw.safetensors, never evaluated") and loaded.meta["threshold"] is None
+    zero(loaded.folder)
+    with pytest.raises(UserError, match="raw.safetensors was changed"):
+        weights.load(loaded.folder)
+
+
+def test_a_run_that_lost_its_links_means_its_newest_whole_checkpoint_and_says_so(tmp_path):
+    folders = [checkpoint(tmp_path, window) for window in (1, 2, 3)]
+    (tmp_path / "checkpoints" / "best").symlink_to("gone")
+    zero(folders[2] / "model.safetensors")
+    loaded = weights.load(tmp_path)
+    assert loaded.folder == folders[1] == weights.find(tmp_path, "last")
+    assert "lost its links" in loaded.report[0] and "window-00000002, is taken" in loaded.report[0]
+    with pytest.raises(UserError, match="no finished checkpoint"):
+        weights.find(tmp_path, "best")
+    for folder in folders[:2]:
+        (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="no checkpoint in .* is whole .*-00000003: model.safetensors was changed"):
+        weights.load(tmp_path)
+
+
+def test_a_best_that_points_to_nothing_is_said_when_the_last_is_taken(tmp_path):
+    checkpoint(tmp_path, 2)
+    (tmp_path / "checkpoints" / "best").symlink_to("window-00000001")
+    (tmp_path / "checkpoints" / "last").symlink_to("window-00000002")
+    assert "best points to nothing: the last checkpoint is taken" in weights.load(tmp_path).report[0]
+
+
+def test_a_checkpoint_without_its_weights_is_named(tmp_path):
+    (checkpoint(tmp_path, 2) / "model.safetensors").unlink()
+    (tmp_path / "checkpoints" / "last").symlink_to("window-00000002")
+    with pytest.raises(UserError, match="checkpoints/last/model.safetensors is missing"):
+        weights.load(tmp_path)
+
+
+@pytest.mark.parametrize("name, text, words", [
+    ("meta.json", "[]", "meta.json does not describe weights"),
+    ("meta.json", '{"metrics": 5}', "meta.json does not describe weights"),
+    ("meta.json", '{"metrics": {"AP": 1}}', "meta.json does not describe weights"),
+    ("meta.json", '{"threshold": "high"}', "meta.json does not describe weights"),
+    ("meta.json", "[" * 100_000, "meta.json is not valid json"),
+    ("split.json", "{", "split.json is not valid json"),
+    ("split.json", '{"seed": 0, "train": 3, "val": [1]}', "split.json is no saved split"),
+    ("split.json", '{"seed": 0, "train": ["a"], "val": [1]}', "split.json is no saved split"),
+    ("classes.json", '{"names": [null, 1, 2], "category_ids": [null, 17, 10]}', "classes.json is no class table"),
+])  # fmt: skip
+def test_damaged_files_beside_the_weights_are_one_sentence(tmp_path, name, text, words):
+    (write(tmp_path / "m", split=SPLIT) / name).write_text(text)
+    with pytest.raises(UserError, match=words) as caught:
+        weights.load(tmp_path / "m")
+    assert "\n" not in str(caught.value)
