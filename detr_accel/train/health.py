@@ -71,7 +71,8 @@ class Health:
         if result.finite:
             state.refused_in_a_row = state.overflows_in_a_row = 0
             return Verdict("commit")
-        if scaler and not result.bad_images and np.isfinite(result.losses["loss"]):
+        forward_is_fine = not result.bad_images and np.isfinite(result.losses["loss"]) and result.statistics_finite
+        if scaler and forward_is_fine:
             return self._overflow(state, window)
         state.nonfinite += 1
         state.refused_in_a_row += 1
