@@ -1,4 +1,4 @@
-"""The commands of the README, docs/own-data.md and docs/nan.md, run one after the other as they stand.
+"""The commands of the README and of docs/, run one after the other as they stand.
 
 Each line of a ```sh block is either run here or listed below with the reason why not. Training commands get a tiny
 detector appended, and a small folder in COCO's layout stands for COCO: the test has seconds where a person has hours.
@@ -23,7 +23,7 @@ runs = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(runs)
 ROOT = runs.ROOT
 
-TEXTS = ["README.md", "docs/own-data.md", "docs/nan.md"]
+TEXTS = ["README.md", "docs/own-data.md", "docs/nan.md", "docs/out-of-memory.md", "docs/resume.md"]
 NOT_RUN = {
     "make train": "installs the whole environment; .ci/run does",
     "make test": "this is it",
@@ -81,7 +81,8 @@ def run(place: Path, command: str) -> None:
     for theirs, ours in HERE.items():
         command = command.replace(theirs, ours)
     if "train.py" in command:
-        command += " " + " ".join(f"'{a}'" for a in SMALL)
+        said = {word.partition("=")[0] for word in command.split()}
+        command += " " + " ".join(f"'{a}'" for a in SMALL if a.partition("=")[0] not in said)
     env = {
         **os.environ, "PATH": f"{place / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true", "MASTER_PORT": "0",
@@ -94,7 +95,7 @@ def run(place: Path, command: str) -> None:
 @pytest.mark.parametrize("name", TEXTS)
 def test_the_commands_run_as_they_stand(place, name):
     found = commands(ROOT / name)
-    assert len(found) >= 4
+    assert found
     for command in found:
         if not any(part in command for part in NOT_RUN):
             run(place, command)

@@ -8,12 +8,13 @@ import time
 
 SAME_REQUEST_S = 2.0  # schedulers signal the whole group, and launchers relay it: one request, several signals
 WINDOW_S = 10.0  # how long a window may go on after the request; the elastic agent kills after 30 s
-SIGNALS = tuple(s for s in (getattr(signal, n, None) for n in ("SIGTERM", "SIGINT", "SIGUSR1")) if s is not None)
+NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")  # the last one: a terminal was closed
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 
 
 class StopSignal:
-    """SIGTERM, SIGINT or SIGUSR1 (SLURM's ``--signal=USR1@60``) ask for a stop: the window in hand is finished, or
-    given up where it lasts too long, and the state saved. A second Ctrl-C, later, interrupts at once.
+    """A signal asks for a stop: the window in hand is finished, or given up where it lasts too long, and the state
+    saved. A second Ctrl-C, later, interrupts at once. What nohup has told to ignore stays ignored.
 
     Python runs the handler between two instructions of the main thread, so a long kernel delays it.
 
@@ -24,7 +25,8 @@ class StopSignal:
     def __init__(self, watch_parent: bool = False) -> None:
         self._since: float | None = None
         self._parent = os.getppid() if watch_parent else None
-        self._before = {s: signal.signal(s, self._on) for s in SIGNALS}
+        heard = [s for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
+        self._before = {s: signal.signal(s, self._on) for s in heard}
 
     @property
     def requested(self) -> bool:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from detr_accel.train.window import WindowResult, WindowRunner
+
 SCRIPT = Path(__file__).with_name("window_layouts.py")
 ROOT = Path(__file__).parents[2]
 
@@ -70,3 +72,29 @@ def test_float32_layouts_agree_to_rounding(tmp_path, layouts):
     result, grads = one["full", 2, False]
     assert result["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3)
     compare(whole_grads, {n: g.double() for n, g in grads.items()}, 1e-2)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("processes, micro", [(1, 8), (1, 2), (1, 1), (2, 4), (2, 1)])
+def test_a_window_reads_the_device_once_a_micro_batch_and_twice(layouts, processes, micro, overlap):
+    if overlap and processes == 1:
+        pytest.skip("nothing to overlap with on one process")
+    num_micro_batches, reads = layouts[processes]["reads"]["full", micro, overlap]
+    assert num_micro_batches == 8 // processes // micro
+    # flags (where there is anybody to agree with) and the numbers of the window
+    assert len(reads) == num_micro_batches + processes, reads
+
+
+def test_clipping_bounds_the_norm_or_each_component():
+    p = torch.nn.Parameter(torch.zeros(3))
+    runner = object.__new__(WindowRunner)
+    runner.groups = {"all": [p]}
+    p.grad = torch.tensor([3.0, -4.0, 0.0])
+    runner.clip(WindowResult(grad_norm=5.0), 0.1, None)
+    assert p.grad.norm().item() == pytest.approx(0.1, rel=1e-5) and p.grad[0] / p.grad[1] == pytest.approx(-0.75)
+    p.grad = torch.tensor([0.03, -0.04, 0.0])
+    runner.clip(WindowResult(grad_norm=0.05), 0.1, None)
+    assert torch.equal(p.grad, torch.tensor([0.03, -0.04, 0.0])), "a small gradient stays as it is"
+    p.grad = torch.tensor([3.0, -4.0, 0.2])
+    runner.clip(WindowResult(grad_norm=5.0), None, 0.5)
+    assert torch.equal(p.grad, torch.tensor([0.5, -0.5, 0.2]))

@@ -3,7 +3,9 @@
 Usage: accelerate launch ... window_layouts.py OUT.pt DTYPE, on one process or on two.
 """
 
+import importlib.util
 import sys
+from pathlib import Path
 
 import torch
 
@@ -13,6 +15,12 @@ from detr_accel.recipe import loads
 from detr_accel.structures import Batch, Targets
 from detr_accel.train.launch import make_accelerator
 from detr_accel.train.window import WindowRunner
+
+_file = Path(__file__).parents[2] / "benchmarks" / "device_reads.py"
+_spec = importlib.util.spec_from_file_location("device_reads", _file)
+_module = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_module)
+CountReads = _module.CountReads
 
 RECIPE = """
 name: t
@@ -77,7 +85,7 @@ def main() -> None:
     model.to(dtype)
     criterion = models.build_criterion(recipe, 5).to(dtype)
     groups = models.param_groups(model)
-    results = {}
+    results, reads = {}, {}
     for kind, sizes in SIZES.items():
         for micro in (1, 2, 4, 8):
             for overlap in (False, True):
@@ -93,13 +101,15 @@ def main() -> None:
                 mine = share(len(sizes), rank, ranks)
                 start, stop = mine.start, mine.stop
                 micros = [cut(batch, i, min(i + micro, stop)) for i in range(start, stop, micro)]
-                result = runner.run(micros, all_share=len(sizes) >= ranks)
+                with CountReads(moves=False) as counted:
+                    result = runner.run(micros, all_share=len(sizes) >= ranks)
+                reads[kind, micro, overlap] = (len(micros), counted.reads)
                 grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
                 results[kind, micro, overlap] = (result, grads)
                 if overlap:
                     model._is_accelerate_prepared = False
     if accelerator.is_main_process:
-        torch.save({key: (vars(r), g) for key, (r, g) in results.items()}, out)
+        torch.save({key: (vars(r), g) for key, (r, g) in results.items()} | {"reads": reads}, out)
 
 
 main()
