@@ -36,10 +36,13 @@ model:
   num_queries: 10
 batch: {size: 8, micro: 2}
 ema: {enabled: true}
-log: {every: 1, wandb: {enabled: false}}
+log:
+  every: 1
+  wandb: {enabled: false}
 device: cpu
 precision: "no"
 """
+EPOCHS = "schedule: {epochs: 2, kind: constant}\n"
 RANK = int(os.environ.get("RANK", "0"))
 
 
@@ -148,8 +151,10 @@ def main() -> None:
     for scenario in json.loads(Path(sys.argv[2]).read_text()):
         faults.left = scenario["faults"]
         more = scenario.get("recipe", "")
-        schedule = "" if "schedule" in more else "schedule: {epochs: 2, kind: constant}\n"
-        recipe = recipes.loads(TINY + schedule + f"name: {scenario['name']}\n" + more)
+        text = TINY + EPOCHS * ("schedule" not in more) + f"name: {scenario['name']}\n" + more
+        file = folder / f"recipe-{scenario['name']}-{RANK}.yaml"
+        file.write_text(text)
+        recipe = recipes.load(file, scenario.get("set", ()))
         said = None
         try:
             loop.train(recipe, runs=folder, resume=scenario.get("resume", False))

@@ -10,6 +10,12 @@ _spec = importlib.util.spec_from_file_location("injecting_poison", Path(__file__
 inject = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(inject)
 
+_spec = importlib.util.spec_from_file_location(
+    "wandb_file_poison", Path(__file__).parents[1] / "monitor" / "wandb_file.py"
+)
+wandb_file = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(wandb_file)
+
 pytestmark = pytest.mark.law3
 KINDS = ["image", "weight", "loss", "gradient"]
 AT = 3  # of six windows, counted from 0
@@ -38,6 +44,8 @@ def scenarios(processes: int) -> list[dict]:
     lasting = [{"what": "lasting weight", "window": 3, "rank": "all"}]
     rows.append({"name": "lasting", "faults": lasting, "recipe": rollback.replace("every_steps: 2", "every_steps: 3")})
     rows.append({"name": "give-up", "faults": lasting, "recipe": "health: {give_up_after: 2}"})
+    fault = {"what": "image", "window": AT, "rank": rank, "value": "nan"}
+    rows.append({"name": "wandb", "faults": [fault], "set": ["log.wandb.enabled=true", "log.wandb.mode=offline"]})
     return rows
 
 
@@ -118,6 +126,16 @@ def test_a_broken_weight_is_healed_by_a_rollback(runs):
 
 def test_a_run_that_learns_nothing_any_more_gives_up(runs):
     assert "2 such windows in a row" in inject.outcome(runs, "give-up")
+
+
+def test_the_alert_and_the_count_reach_wandb_once(runs):
+    found = wandb_file.records(runs / "wandb")
+    (alert,) = wandb_file.of_kind(found, "alert")
+    assert alert.title == "Non-finite window" and alert.level == "WARN"
+    for words in (f"window {AT + 1}: ", "nothing was updated", "learning rate", "detr-accel replay"):
+        assert words in alert.text, alert.text
+    counted = [row["health/nonfinite"] for row in wandb_file.history(found) if "health/nonfinite" in row]
+    assert counted == [0] * AT + [1] * (6 - AT)
 
 
 def test_a_healthy_run_raises_no_alarm(runs):
