@@ -40,6 +40,8 @@ class Shapes(Section):
     """Most objects in one image."""
     empty_fraction: Fraction = 0.05
     """Share of images without any object."""
+    colour_cue: Fraction = 0.0
+    """Share of objects that have their class's colour: 0 leaves only the outline to tell the class, 1 is easiest."""
 
 
 class Augment(Section):

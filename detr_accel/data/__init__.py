@@ -58,7 +58,7 @@ def _shapes(recipe: Recipe, split: str) -> ShapesSource:
     if split not in ("train", "val"):
         raise UserError(f"the procedural shapes have the splits train and val, not {split!r}")
     num_images = s.num_train if split == "train" else s.num_val
-    return ShapesSource(recipe.seed, split, num_images, s.image_size, s.max_objects, s.empty_fraction)
+    return ShapesSource(recipe.seed, split, num_images, s.image_size, s.max_objects, s.empty_fraction, s.colour_cue)
 
 
 def _build_coco(recipe: Recipe, split_json: dict | None) -> Splits:

@@ -2,7 +2,7 @@
 
 Six classes of filled shapes with colour, texture, rotation and occlusion, on noisy backgrounds with unlabelled clutter.
 Boxes are tight on the pixels that remain visible; an object of which little remains is not labelled.
-Colour, texture and position say nothing about the class: only the outline does.
+Texture and position say nothing about the class: the outline does, and colour as far as ``colour_cue`` wants it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ VERSION = 1  # part of the fingerprint: raise it when any pixel or box changes
 _VISIBLE = 0.35  # least share of an object's drawn pixels that others and the border may leave
 _REACH = 1.3  # an object's mask is drawn in a square of this many times its size
 _SIZES = ((0.30, 0.06, 0.14), (0.72, 0.18, 0.42), (1.00, 0.45, 0.70))  # cumulated probability; share of the long side
+_CLASS_COLOURS = ((225, 40, 40), (40, 200, 60), (50, 80, 225), (225, 205, 40), (205, 50, 205), (40, 205, 215))
 _NOISE = 10  # amplitude; colours keep as far from 0 and 255, so that adding it needs no clipping
 
 
@@ -57,6 +58,7 @@ class ShapesSource:
         image_size: long side in pixels; the other side is 0.75 to 1 of it.
         max_objects: most objects in one image.
         empty_fraction: share of images without any.
+        colour_cue: share of objects that have their class's colour; all others have any.
     """
 
     classes = CLASSES
@@ -69,9 +71,11 @@ class ShapesSource:
         image_size: int,
         max_objects: int = 6,
         empty_fraction: float = 0.05,
+        colour_cue: float = 0.0,
     ):
         self.split, self.num_images, self.image_size = split, num_images, image_size
         self.seed, self.max_objects, self.empty_fraction = seed, max_objects, empty_fraction
+        self.colour_cue = colour_cue
         self._stream = {"train": seeds.SHAPES_TRAIN, "val": seeds.SHAPES_VAL}[split]
         draws = seeds.generator(seed, seeds.SHAPES_SIZES, self._stream).random((num_images, 2))
         short = np.rint(image_size * (0.75 + 0.25 * draws[:, 0])).astype(np.int32)
@@ -96,11 +100,12 @@ class ShapesSource:
 
     def fingerprint(self) -> str:
         what = (VERSION, self.seed, self.split, self.num_images, self.image_size, self.max_objects, self.empty_fraction)
+        what += (self.colour_cue,)
         return hashlib.sha256(repr(what).encode()).hexdigest()
 
     def sample(self, index: int) -> Sample:
         rng = seeds.generator(self.seed, self._stream, index)
-        image, boxes, labels = draw(rng, self.size_px(index), self.max_objects, self.empty_fraction)
+        image, boxes, labels = draw(rng, self.size_px(index), self.max_objects, self.empty_fraction, self.colour_cue)
         return Sample(image, self.image_id(index), boxes, labels)
 
     def ground_truth(self) -> dict:
@@ -124,7 +129,7 @@ class ShapesSource:
 
 
 def draw(
-    rng: np.random.Generator, size_px: tuple[int, int], max_objects: int, empty_fraction: float
+    rng: np.random.Generator, size_px: tuple[int, int], max_objects: int, empty_fraction: float, colour_cue: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Draw one image.
 
@@ -143,7 +148,8 @@ def draw(
         if placed is not None:
             where, mask, full = placed
             owner[where][mask] = len(labels)
-            _paint(rng, image[where], mask, mood)
+            own = _CLASS_COLOURS[label] if colour_cue and rng.random() < colour_cue else None
+            _paint(rng, image[where], mask, mood, own)
             labels.append(label)
             drawn.append((where, full))
     image += rng.integers(0, 2 * _NOISE + 1, size=size_px, dtype=np.uint8)[..., None]
@@ -223,9 +229,12 @@ def _mask(rng: np.random.Generator, label: int, diameter: float) -> np.ndarray:
     return np.asarray(picture).view(bool)
 
 
-def _paint(rng: np.random.Generator, view: np.ndarray, mask: np.ndarray, mood: list[int]) -> None:
-    """Fill the mask with one of four textures between two near colours."""
-    first = np.array(_colour(rng, mood, 45))
+def _paint(
+    rng: np.random.Generator, view: np.ndarray, mask: np.ndarray, mood: list[int], own: tuple[int, ...] | None
+) -> None:
+    """Fill the mask with one of four textures between two near colours, the first of them near ``own`` if given."""
+    first = np.array(_colour(rng, mood, 45) if own is None else own + rng.integers(-25, 26, size=3))
+    first = np.clip(first, _NOISE, 255 - _NOISE)
     second = np.clip(first + rng.integers(-70, 71, size=3), _NOISE, 255 - _NOISE)
     ramp = np.linspace(first, second, 16).astype(np.uint8)
     kind, slope, pitch = int(rng.integers(4)), int(rng.integers(-1, 2)), int(rng.integers(3, 9))

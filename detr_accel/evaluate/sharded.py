@@ -73,8 +73,9 @@ def run(
             _check_each_once([d.image_id for d in detections], ground_truth)
             outcome = score(ground_truth, detections, to_category, max_detections=max_detections, backend=backend)
             kept = {d.image_id: d for d in detections if d.image_id in set(keep_images)}
-        except UserError as error:
-            outcome = str(error)  # told to all, so that no process goes on alone
+        except Exception as error:  # told to all, so that no process goes on alone
+            outcome = str(error) if isinstance(error, UserError) else f"scoring failed: {type(error).__name__}: {error}"
+            failure = failure if isinstance(error, UserError) else error
     if broadcast is not None:
         outcome = broadcast([outcome])[0]
     if failure is not None:

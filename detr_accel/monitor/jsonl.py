@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 from pathlib import Path
@@ -22,11 +24,23 @@ class JsonLines:
     def __init__(self, path: Path, keep_until: int | None = None) -> None:
         self.path = path
         _trim(path, keep_until)
-        self._file = path.open("a", encoding="utf-8")
+        # unbuffered: to the operating system at once, which outlives this process; the disk is not waited for
+        self._file = path.open("ab", buffering=0)
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(finite(row), ensure_ascii=False) + "\n")
-        self._file.flush()  # to the operating system: outlives this process, and the disk is not waited for
+        """
+        Raises:
+            OSError: the disk is full; nothing of the row is left in the file.
+        """
+        line = json.dumps(finite(row), ensure_ascii=False).encode() + b"\n"
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._file.truncate(end)
+            raise
 
     def close(self) -> None:
         self._file.close()

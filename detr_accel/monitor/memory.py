@@ -40,13 +40,22 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = psutil.virtual_memory().available
-    for names in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+    for names in _CGROUP_FILES:
         try:
-            limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in names)
-            free = min(free, max(0, limit - used))
+            limit, used, stat = (Path("/sys/fs/cgroup", name).read_text() for name in names)
+            cache = next(
+                (int(x.split()[1]) for x in stat.splitlines() if x.startswith(("inactive_file ", "total_inac"))), 0
+            )
+            free = min(free, max(0, int(limit) - int(used) + cache))  # file pages are given back when memory is wanted
         except (OSError, ValueError):
             continue  # no such group, or no limit ("max")
     return free
+
+
+_CGROUP_FILES = (
+    ("memory.max", "memory.current", "memory.stat"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+)
 
 
 def reserved_gib(device: torch.device | str) -> float | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,7 +47,8 @@ class Sinks:
     ) -> None:
         run_folder.mkdir(parents=True, exist_ok=True)
         self.console, self.eta, self.wandb, self.name, self.device = console, eta, wandb, name, device
-        self._sent = _last_windows(run_folder)
+        self._sent = _Sent(run_folder / "wandb_sent.json", start_window)
+        self._unwritten = False
         self.metrics = JsonLines(run_folder / "metrics.jsonl", keep_until=start_window)
         self.speed = JsonLines(run_folder / "speed.jsonl", keep_until=start_window)
         # alarms stay: what was wrong then may not come again. One that does is not written or sent a second time
@@ -89,11 +91,11 @@ class Sinks:
         place = {"window": stats.window, "step": stats.step, "epoch": stats.epoch}
         row = rows.train_row(stats)
         machine = {f"speed/{k}": v for k, v in speed.items()} | {f"memory/{k}": v for k, v in held.items()}
-        self.metrics.write(place | row)
-        self.speed.write(place | {"time": _now()} | machine)
+        self._write(self.metrics, place | row)
+        self._write(self.speed, place | {"time": _now()} | machine)
         self.console.log(stats, speed, speed.get("seconds_left"))
-        if self.wandb is not None and stats.window > self._sent["train"]:
-            self.wandb.log(rows.axes(**place) | row | machine)
+        if self.wandb is not None and self._sent.is_new("train", stats.window):
+            self._tell_wandb(lambda wandb: wandb.log(rows.axes(**place) | row | machine))
 
     def evaluation(
         self,
@@ -117,14 +119,14 @@ class Sinks:
         place = {"window": window, "step": step, "epoch": epoch}
         row = rows.val_row(metrics)
         details = {"val/weights": weights, "val/backend": metrics.backend, "val/per_class": metrics.per_class}
-        self.metrics.write(place | row | details)
+        self._write(self.metrics, place | row | details)
         best = self._note_best(metrics.values[self.metric], window)
         self.console.evaluation(metrics, window=window, epoch=epoch, weights=weights, best=best)
-        if self.wandb is None or window <= self._sent["val"]:
+        if self.wandb is None or not self._sent.is_new("val", window):
             return
         names = {i: n for i, n in enumerate(classes.names) if n is not None} if classes is not None else {}
-        self.wandb.evaluation(rows.axes(**place) | row, metrics, panel, names)
-        self.wandb.summary({"val/weights": weights})
+        self._tell_wandb(lambda wandb: wandb.evaluation(rows.axes(**place) | row, metrics, panel, names))
+        self._tell_wandb(lambda wandb: wandb.summary({"val/weights": weights}))
 
     def _note_best(self, value: float, window: int) -> str:
         """Remember the best value so far; returns the words about it."""
@@ -145,14 +147,31 @@ class Sinks:
         self.console.say(f"{level}: {title}: {text}")
         if window is not None and (window, title) in self._alarmed:
             return
-        self.alarms.write({"window": window, "time": _now(), "level": level, "title": title, "text": text})
-        if self.wandb is not None:
-            self.wandb.alarm(title, text, level)
+        self._write(self.alarms, {"window": window, "time": _now(), "level": level, "title": title, "text": text})
+        self._tell_wandb(lambda wandb: wandb.alarm(title, text, level))
 
     def artifact(self, folder: Path, aliases: Sequence[str] = ("best",), metadata: dict | None = None) -> None:
         """Send a model folder to W&B."""
-        if self.wandb is not None:
-            self.wandb.artifact(Path(folder), self.name, aliases, metadata or {})
+        self._tell_wandb(lambda wandb: wandb.artifact(Path(folder), self.name, aliases, metadata or {}))
+
+    def _write(self, file: JsonLines, row: dict[str, Any]) -> None:
+        """A row that finds no room on the disk is dropped, and the run goes on; it is said once."""
+        try:
+            file.write(row)
+        except OSError as error:
+            if not self._unwritten:
+                self.console.say(f"ERROR: rows are missing from {file.path}: {error.strerror}; free space there")
+            self._unwritten = True
+
+    def _tell_wandb(self, action: Callable[[WandbSink], None]) -> None:
+        """W&B that fails (its own disk is full, say) is left alone from then on, and the run goes on."""
+        if self.wandb is None:
+            return
+        try:
+            action(self.wandb)
+        except Exception as error:
+            self.console.say(f"ERROR: W&B failed and gets no more of this run ({type(error).__name__}: {error})")
+            self.wandb = None
 
     @contextlib.contextmanager
     def timed(self, kind: str) -> Iterator[None]:
@@ -217,14 +236,31 @@ class Silent:
     def __exit__(self, *_: object) -> None: ...
 
 
-def _last_windows(run_folder: Path) -> dict[str, int]:
-    """The last window of each kind that an earlier process of this run has logged."""
-    metrics = read(run_folder / "metrics.jsonl")
-    of = {
-        "train": [row["window"] for row in metrics if "train/loss" in row],
-        "val": [row["window"] for row in metrics if "val/num_images" in row],
-    }
-    return {kind: max(windows, default=0) for kind, windows in of.items()}
+class _Sent:
+    """The last windows whose rows W&B has had, over all processes of a run: a resumed run makes the rows after its
+    checkpoint again, perhaps several times, and W&B gets each once. On disk, since no checkpoint can know it.
+
+    Args:
+        start_window: 0 for a run that begins, whose file is not of this run.
+    """
+
+    def __init__(self, path: Path, start_window: int) -> None:
+        self.path = path
+        self.last = {"train": 0, "val": 0}
+        if start_window and path.exists():
+            with contextlib.suppress(ValueError):  # cut short by a kill: rows may come twice, none is lost
+                self.last |= json.loads(path.read_text(encoding="utf-8"))
+
+    def is_new(self, kind: str, window: int) -> bool:
+        """Whether W&B has not had this row; from now on it has."""
+        if window <= self.last[kind]:
+            return False
+        self.last[kind] = window
+        with contextlib.suppress(OSError):
+            beside = self.path.with_suffix(".tmp")
+            beside.write_text(json.dumps(self.last), encoding="utf-8")
+            beside.replace(self.path)
+        return True
 
 
 def _now() -> str:

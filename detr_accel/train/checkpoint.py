@@ -98,11 +98,12 @@ def save(
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         _fsync(temporary / MANIFEST)
         _fsync(temporary)
-        final = folder / name
+        final, old = folder / name, folder / f".old-{name}"
         if final.exists():
-            shutil.rmtree(final)
+            os.replace(final, old)
         os.replace(temporary, final)
         _fsync(folder)
+        shutil.rmtree(old, ignore_errors=True)
         _link(folder / "last", name)
         if is_best:
             _link(folder / "best", name)
@@ -150,6 +151,9 @@ def load_last(folder: Path) -> tuple[Path, list[str]]:
         UserError: there is none.
     """
     notes = []
+    for old in folder.glob(".old-window-*"):  # killed between the two renames of one that was written again
+        final = folder / old.name.removeprefix(".old-")
+        shutil.rmtree(old) if final.exists() else os.replace(old, final)
     for path in sorted(folder.glob("window-*"), reverse=True):
         fault = damage(path)
         if fault is None:

@@ -64,22 +64,31 @@ class Commit:
     def _step(self, state: State, result: WindowResult) -> bool:
         parts = self.parts
         o = parts.recipe.optim
-        if result.finite:
-            parts.runner.clip(result, o.clip_norm, o.clip_value)
+        if not result.finite:  # fp16's search for a scale: the scaler lowers it, and without gradients no weight moves
+            parts.runner.discard()
+            parts.prepared.step()
+            return False
+        parts.runner.clip(result, o.clip_norm, o.clip_value)
         try:
             parts.prepared.step()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
+            self._end_half_step()
             self.broken = True  # the others learn of it before anything is kept
-            return False
-        if parts.prepared.step_was_skipped:  # fp16's search for a scale
-            parts.runner.forward_state.restore()
             return False
         state.step += 1
         if parts.ema is not None:
             parts.ema.update(parts.bare)
         return True
+
+    def _end_half_step(self) -> None:
+        """Leave Accelerate's wrapper and the scaler as after a whole step; the rollback brings back the scale."""
+        scaler, prepared = self.parts.accelerator.scaler, self.parts.prepared
+        if scaler is not None:
+            scaler.update()
+            prepared.optimizer.step = prepared._optimizer_original_step_method
+            prepared._accelerate_step_called = False
 
     def _refuse(self) -> None:
         """Nothing of the window stays, fp16's scale included: gradients were unscaled, so the scaler wants its update

@@ -72,7 +72,7 @@ class Health:
             state.refused_in_a_row = state.overflows_in_a_row = 0
             return Verdict("commit")
         forward_is_fine = not result.bad_images and np.isfinite(result.losses["loss"]) and result.statistics_finite
-        if scaler and forward_is_fine:
+        if scaler and forward_is_fine and state.overflows_in_a_row < self.overflow_patience:
             return self._overflow(state, window)
         state.nonfinite += 1
         state.refused_in_a_row += 1
@@ -84,7 +84,7 @@ class Health:
 
     def _overflow(self, state: HealthState, window: int) -> Verdict:
         state.overflows_in_a_row += 1
-        if state.overflows_in_a_row % self.overflow_patience:
+        if state.overflows_in_a_row < self.overflow_patience:
             return Verdict("commit")  # the scaler skips the step and lowers its scale
         text = (
             f"window {window}: {state.overflows_in_a_row} windows in a row overflowed in fp16, more than the search "
@@ -155,4 +155,7 @@ def _advice(result: WindowResult, precision: str) -> str:
 
 def stop_error(verdict: Verdict) -> UserError:
     """The error that ends a run whose verdict is to stop."""
-    return UserError(f"{verdict.text}; go on from the last checkpoint with --resume")
+    return UserError(
+        f"{verdict.text}. Going on with --resume meets the same window again: mend the cause first, or pass over it "
+        "with health.on_nonfinite=skip"
+    )

@@ -7,6 +7,7 @@ position), so the place in the run is all that a resume needs to know about rand
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator
@@ -52,12 +53,13 @@ def train(recipe: Recipe, *, runs: Path = Path("runs"), resume: bool | str = Fal
     try:
         parts.seed_everything(recipe.seed, recipe.deterministic)
         finished = _train(recipe, accelerator, run, resume, None if resume else branch)
-        if main:
-            run.status("done" if finished else "resume")
+        if main and finished:
+            run.status("done")
     except BaseException as error:
         if main and run.began:  # what was refused before it began leaves the status of the run that is there
             interrupted = isinstance(error, KeyboardInterrupt)
-            run.status("resume" if interrupted else "failed", reason=str(error) or type(error).__name__)
+            with contextlib.suppress(OSError):  # a full disk must not hide what happened
+                run.status("resume" if interrupted else "failed", reason=str(error) or type(error).__name__)
         raise
     finally:
         if main:
@@ -88,7 +90,10 @@ def _train(recipe: Recipe, accelerator: Accelerator, run: RunFolder, resume: boo
         with sinks:
             for line in [*splits.found, *built.loaded, *notes, launch.describe(accelerator), arithmetic]:
                 sinks.say(line)
-            return _windows(built, run, state, sinks, stop)
+            finished = _windows(built, run, state, sinks, stop)
+            if accelerator.is_main_process and not finished:  # now: closing may outlast the launcher's patience
+                run.status("resume", window=state.window)
+            return finished
     finally:
         stop.restore()
 
@@ -98,9 +103,10 @@ def _fit(built: Parts, state: State) -> list[str]:
     micro, checkpointed = built.recipe.batch.micro, built.recipe.model.activation_checkpointing
     if state.micro is not None:
         models.checkpoint_parts(built.bare, state.checkpointed)
-        return [f"memory: batch.micro {state.micro} as before"] if state.micro != micro else []
+        return [f"memory: batch.micro {state.micro} as before"] if micro == "auto" or state.micro < micro else []
     if "auto" not in (micro, checkpointed):
-        state.micro, state.checkpointed = micro, list(checkpointed)
+        share = len(data.share(built.recipe.batch.size, 0, built.accelerator.num_processes))
+        state.micro, state.checkpointed = min(micro, share), list(checkpointed)
         return []
     state.micro, state.checkpointed, words = memory_fit.fit(built, micro, checkpointed)
     return [words]
@@ -120,7 +126,6 @@ def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal
     )  # fmt: skip
     for micro_batches, wait_seconds, failure in _timed(windows):
         begun = time.perf_counter()
-        lr = set_lr(built.optimizer, built.factor(state.step) * state.health.lr_factor)
         built.optimizer.zero_grad(set_to_none=True)
         micro_batches, result = turn.run(micro_batches, failure)
         if result.failure is not None:
@@ -129,6 +134,7 @@ def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal
             turn.save(state, must=True)
             sinks.say(f"stopped as asked in the middle of window {state.window + 1}, which begins anew with --resume")
             return False
+        lr = set_lr(built.optimizer, built.factor(state.step) * state.health.lr_factor)
         state.window += 1
         accepted = turn.commit(state, result, micro_batches)
         stats = _stats(result, state, built.length, lr, accepted, time.perf_counter() - begun, wait_seconds)
@@ -159,7 +165,9 @@ class _Turn:
         owed = state.window > 0 and self.built.length.due(state.window, recipe.evaluate.every_epochs)
         if owed and state.evaluated_window != state.window:
             is_best = self.validate(state, self.built.length, self.stop)
-            self.save(state, is_best=is_best, counted=True, must=self.validate.aborted)
+            counted = is_best or self._checkpoint_due()
+            if counted or self.validate.aborted:
+                self.save(state, is_best=is_best, counted=counted, must=self.validate.aborted)
         return not self.validate.aborted
 
     def run(self, micro_batches: list[Batch], failure: str | None) -> tuple[list[Batch], WindowResult]:
@@ -190,7 +198,7 @@ class _Turn:
         """Evaluation, checkpoint and stop, where they are due; returns whether to go on."""
         state, recipe, length = self.state, self.built.recipe, self.built.length
         evaluation = length.due(state.window, recipe.evaluate.every_epochs)
-        counted = length.due(state.window, recipe.checkpoint.every_epochs, recipe.checkpoint.every_steps)
+        counted = self._checkpoint_due()
         if not (evaluation or counted or result.save_requested or result.stop_requested):
             return True
         self.commit.settle(state)
@@ -202,10 +210,14 @@ class _Turn:
         if counted or is_best or result.save_requested or stopping:
             with self.sinks.timed("checkpoint"):
                 must = stopping or state.window == length.total
-                self.save(state, is_best=is_best, counted=(counted or is_best) and not stopping, must=must)
+                self.save(state, is_best=is_best, counted=counted or is_best, must=must)
         if stopping:
             self.sinks.say(f"stopped as asked after window {state.window}; go on with --resume")
         return not stopping
+
+    def _checkpoint_due(self) -> bool:
+        c = self.built.recipe.checkpoint
+        return self.built.length.due(self.state.window, c.every_epochs, c.every_steps)
 
     def _validate_or_save(self, state: State) -> bool:
         """A broken validation image must not cost the training since the last checkpoint."""

@@ -111,6 +111,8 @@ def prepare(parts: Parts) -> None:
         broadcast_weights([*parts.ema.module.parameters(), *parts.ema.module.buffers()])
     parts.runner.model = accelerator.prepare_model(bare, evaluation_mode=not parts.recipe.dist.overlap)
     parts.prepared = accelerator.prepare_optimizer(parts.optimizer)
+    if accelerator.scaler is not None:  # it makes its scale on first use, and a process may have no image in a window
+        accelerator.scaler.scale(torch.zeros(1, device=accelerator.device))
 
 
 def measure(recipe: Recipe, num_images: int) -> Length:

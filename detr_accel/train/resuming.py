@@ -22,7 +22,7 @@ def wants_resume(run: RunFolder, resume: bool | str) -> bool:
     Raises:
         UserError: a start would write over a run.
     """
-    there = any(run.checkpoints.glob("window-*"))
+    there = any(any(run.checkpoints.glob(p)) for p in ("window-*", ".old-window-*", "damaged-window-*"))
     if resume == "auto":
         return there
     if there and not resume:

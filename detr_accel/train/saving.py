@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import time
 
+import torch
+
 from detr_accel import recipe as recipes
 from detr_accel.structures import UserError
 from detr_accel.train import checkpoint
@@ -74,6 +76,12 @@ class Saver:
 
     def _try(self, state: State, is_best: bool) -> str | None:
         parts = self.parts
+        broken = [name for name, t in parts.evaluated.state_dict().items() if not torch.isfinite(t).all()]
+        broken += [name for name, p in parts.bare.named_parameters() if not torch.isfinite(p).all()]
+        if broken:  # every later window is refused; the checkpoints from before must not make room for this
+            return (
+                f"{len(broken)} weights are not finite, the first {broken[0]}; the checkpoint before it stays the last"
+            )
         try:
             path = checkpoint.save(
                 self.run.checkpoints, state=state, model=parts.bare, ema=parts.ema, optimizer=parts.optimizer,

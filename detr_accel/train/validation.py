@@ -87,9 +87,14 @@ class Validation:
                     is_main=accelerator.is_main_process, max_detections=recipe.evaluate.max_detections,
                     backend=recipe.evaluate.backend, keep_images=[self.source.image_id(i) for i in self.panel],
                 )  # fmt: skip
-        except UserError:
+        except Exception as error:  # on every process: evaluation refuses together
             if any(gather_object([stop.requested])):
                 return None
+            if "OutOfMemory" in type(error).__name__ or "out of memory" in str(error):
+                raise UserError(
+                    f"evaluation ran out of memory: lower evaluate.batch (it is {recipe.evaluate.batch}) or "
+                    "data.eval_size, then go on with --resume"
+                ) from error
             raise
         finally:
             self.model.train(was_training)

@@ -53,6 +53,12 @@ class WindowResult:
         return bool(numbers and self.statistics_finite and not self.bad_images)
 
 
+class Lonely(UserError):
+    """An error of one process that the others do not learn of: the command line prints it on this one, too."""
+
+    lonely = True
+
+
 @dataclass
 class Requests:
     """What this process brings to a window beside its images."""
@@ -113,6 +119,8 @@ class WindowRunner:
         self.model.train()
         self.forward_state.remember()
         total, failure = self._count(micro_batches, requests.failure)
+        if self.overlap and (failure or requests.broken):  # the others enter backward's reductions and cannot be told
+            raise Lonely(failure or "memory ran out inside the optimizer's step; go on with --resume")
         overlap = self.overlap and all_share
         share = _Share(failure=failure)
         if failure is None and not requests.broken:
@@ -280,7 +288,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def _overlap_error(error: Exception) -> Exception:
     if not is_out_of_memory(error):
         return error
-    return UserError(
+    return Lonely(
         "out of memory while gradients were being reduced (dist.overlap), where the other processes cannot be told: "
         "lower batch.micro, then go on from the last checkpoint with --resume; without dist.overlap the window would "
         "have been repeated in smaller parts by itself"

@@ -84,6 +84,22 @@ def test_ground_truth_is_what_training_sees():
 
 def test_fingerprint_names_every_setting():
     base = {"seed": 1, "split": "train", "num_images": 9, "image_size": 96, "max_objects": 4, "empty_fraction": 0.1}
+    base["colour_cue"] = 0.3
     changes = {"seed": 2, "split": "val", "num_images": 8, "image_size": 64, "max_objects": 5, "empty_fraction": 0.2}
+    changes["colour_cue"] = 0.4
     seen = {ShapesSource(**(base | {key: value})).fingerprint() for key, value in changes.items()}
-    assert len(seen | {ShapesSource(**base).fingerprint()}) == 7
+    assert len(seen | {ShapesSource(**base).fingerprint()}) == 8
+
+
+def test_the_colour_cue_tells_the_class_and_nothing_else_changes():
+    plain, cued = ShapesSource(3, "train", 60, 96), ShapesSource(3, "train", 60, 96, colour_cue=1.0)
+    by_class = {}
+    for i in range(60):
+        sample = cued.sample(i)
+        for (x0, y0, x1, y1), label in zip(sample.boxes_xyxy_px.astype(int), sample.labels, strict=True):
+            middle = sample.image[(y0 + y1) // 2, (x0 + x1) // 2].astype(int)
+            by_class.setdefault(int(label), []).append(middle)
+    hues = {label: np.median(colours, axis=0) for label, colours in by_class.items()}
+    apart = [np.abs(hues[a] - hues[b]).sum() for a in hues for b in hues if a < b]
+    assert len(hues) == 6 and min(apart) > 80
+    assert plain.size_px(5) == cued.size_px(5) and plain.fingerprint() != cued.fingerprint()

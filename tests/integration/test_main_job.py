@@ -208,7 +208,7 @@ def test_fewer_decoder_layers_are_used_and_said(finished):
         (["--recipe", "nothing.yaml"], "no recipe at nothing.yaml"),
         (["data.format=coco", "data.root=/nowhere"], "/nowhere"),
         (["batch.size=1", "name=a"], "already holds a run"),
-        (["--resume", "name=fresh"], "no whole checkpoint"),
+        (["--resume", "name=fresh"], "there is no run"),
         (["precision=fp16", "name=b"], "fp16"),
     ],
 )

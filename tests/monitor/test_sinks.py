@@ -3,13 +3,14 @@
 import importlib.util
 import io
 import json
+import resource
 from pathlib import Path
 
 import pytest
 
 from detr_accel.monitor.console import Console
 from detr_accel.monitor.jsonl import JsonLines, read
-from detr_accel.monitor.sinks import Silent, Sinks
+from detr_accel.monitor.sinks import Silent, Sinks, _Sent
 from detr_accel.monitor.timing import Eta
 
 _spec = importlib.util.spec_from_file_location("monitor_small_run", Path(__file__).with_name("small_run.py"))
@@ -83,6 +84,34 @@ def test_console_tells_time_left_once_known_and_the_best_evaluation(tmp_path):
 def test_the_best_is_remembered_over_a_resume(tmp_path):
     go(tmp_path, 0, 15)
     assert "at window 15" in go(tmp_path, 15, 30)
+
+
+def test_what_wandb_has_had_it_does_not_get_again_however_often_a_run_is_killed(tmp_path):
+    path = tmp_path / "wandb_sent.json"
+    first = _Sent(path, 0)
+    assert all(first.is_new("train", w) for w in range(1, 21)) and first.is_new("val", 20)
+    second = _Sent(path, 10)  # resumed after window 10, and killed at 15
+    assert not any(second.is_new("train", w) for w in range(11, 16))
+    third = _Sent(path, 10)
+    assert [third.is_new("train", w) for w in (16, 20, 21)] == [False, False, True]
+    assert not third.is_new("val", 20)
+    assert _Sent(path, 0).is_new("train", 1), "a run that begins anew has sent nothing"
+
+
+def test_a_full_disk_drops_whole_rows_and_the_run_goes_on(tmp_path):
+    sinks, stream = make(tmp_path)
+    sinks.alarm("First", "it fits", window=1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "alarms.jsonl").stat().st_size + 20, before[1]))
+    try:
+        sinks.alarm("Second", "there is room for twenty bytes of it", window=2)
+        sinks.alarm("Third", "nor this", window=3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    sinks.alarm("Fourth", "space was freed", window=4)
+    sinks.close()
+    assert [row["title"] for row in read(tmp_path / "alarms.jsonl")] == ["First", "Fourth"]
+    assert stream.getvalue().count("rows are missing from") == 1
 
 
 def test_alarms_survive_a_resume(tmp_path):

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
+from detr_accel import models
 from detr_accel import recipe as recipes
 from detr_accel.structures import Batch, UserError
-from detr_accel.train import commit, loop, window
+from detr_accel.train import commit, loop, validation, window
 
 # live BatchNorm, so that running statistics are at stake too
 TINY = """
@@ -64,6 +65,7 @@ class Faults:
 faults = Faults()
 _plain_micro_batch = window.WindowRunner._micro_batch
 _plain_commit = commit.Commit.__call__
+_plain_detections = models.detections
 _plain_turn = loop._Turn.run
 
 
@@ -145,7 +147,15 @@ def turn(self, micro_batches, failure):
     return _plain_turn(self, micro_batches, "image x.jpg cannot be decoded: injected" if fault else failure)
 
 
+def detections(*args):
+    fault = faults.due(-1, None, "evaluation", "evaluation oom")
+    if fault is not None:
+        raise torch.OutOfMemoryError("injected") if "oom" in fault["what"] else RuntimeError("injected")
+    return _plain_detections(*args)
+
+
 def main() -> None:
+    validation.models.detections = detections
     window.WindowRunner._micro_batch, commit.Commit.__call__, loop._Turn.run = micro_batch, commit_or_not, turn
     folder = Path(sys.argv[1])
     for scenario in json.loads(Path(sys.argv[2]).read_text()):
@@ -158,7 +168,7 @@ def main() -> None:
         said = None
         try:
             loop.train(recipe, runs=folder, resume=scenario.get("resume", False))
-        except UserError as error:
+        except (UserError, RuntimeError) as error:
             said = str(error)
         (folder / f"outcome-{scenario['name']}-{RANK}.json").write_text(json.dumps(said))
 

@@ -10,7 +10,7 @@ from detr_accel import data
 from detr_accel import recipe as recipes
 from detr_accel.monitor import memory
 from detr_accel.structures import UserError
-from detr_accel.train import memory_fit, parts
+from detr_accel.train import loop, memory_fit, parts
 from detr_accel.train.launch import make_accelerator
 from detr_accel.train.loop import train
 
@@ -131,6 +131,26 @@ def test_a_gpu_that_is_almost_full_gets_smaller_parts_and_the_same_rows(tmp_path
     del held
     for one, two in zip(inject.losses(free), inject.losses(tight), strict=True):
         assert one == pytest.approx(two, rel=5e-2)
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_fills_up_in_the_middle_of_a_run_repeats_the_window(tmp_path, monkeypatch):
+    """Real memory, really gone: all that is free is taken before the third window, and given back when it failed."""
+    text = injected.TINY.replace("device: cpu", "device: auto").replace("image_size: 64", "image_size: 640")
+    text = text.replace("scales: [64]", "scales: [640]").replace("micro: 2", "micro: 8")
+    held, plain, release = [], loop._Turn.run, memory_fit.release
+
+    def run(self, micro_batches, failure):
+        if self.state.window == 2:
+            torch.cuda.empty_cache()
+            held.append(torch.empty(int(torch.cuda.mem_get_info()[0] * 0.99), dtype=torch.uint8, device="cuda"))
+        return plain(self, micro_batches, failure)
+
+    monkeypatch.setattr(loop._Turn, "run", run)
+    monkeypatch.setattr(memory_fit, "release", lambda device: (held.clear(), release(device)))
+    run_folder = train(recipes.loads(text + "schedule: {steps: 4, kind: constant}\nname: r\n"), runs=tmp_path)
+    rows = [row for row in inject.rows(run_folder) if "train/loss" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[-1]["health/out_of_memory"] >= 1
 
 
 @pytest.mark.gpu

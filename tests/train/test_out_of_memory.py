@@ -36,6 +36,8 @@ def scenarios(processes: int) -> list[dict]:
     rows.append({"name": "step", "faults": [step], "recipe": "checkpoint: {every_steps: 2, keep: 9}"})
     rows.append({"name": "step-early", "faults": [step | {"window": 0}]})
     rows.append({"name": "loader", "faults": [{"what": "loader", "window": AT, "rank": last}]})
+    for kind in ("evaluation", "evaluation oom"):
+        rows.append({"name": kind.replace(" ", "-"), "faults": [{"what": kind, "window": -1, "rank": last}]})
     rows.append({"name": "bug", "faults": [{"what": "error", "window": AT, "rank": last}]})
     return rows
 
@@ -107,6 +109,14 @@ def test_half_a_step_goes_back_to_the_checkpoint_on_every_process(runs):
 def test_half_a_step_without_a_checkpoint_ends_in_words(runs):
     folder, processes = runs
     assert "no checkpoint to go back to" in inject.outcome(folder, "step-early", processes - 1)
+
+
+@pytest.mark.parametrize("name, words", [("evaluation", "injected"), ("evaluation-oom", "lower evaluate.batch")])
+def test_an_evaluation_that_fails_on_one_process_ends_all_and_saves_first(runs, name, words):
+    folder, processes = runs
+    said = [inject.outcome(folder, name, rank) for rank in range(processes)]
+    assert all(words in text for text in said), said
+    assert (folder / name / "checkpoints" / "last").readlink().name == "window-00000003"
 
 
 @pytest.mark.parametrize("name, words", [("loader", "x.jpg cannot be decoded"), ("bug", "ZeroDivisionError: injected")])

@@ -43,6 +43,9 @@ def scenarios(processes: int) -> list[dict]:
     rows.append({"name": "far-apart", "faults": far_apart, "recipe": rollback})
     lasting = [{"what": "lasting weight", "window": 3, "rank": "all"}]
     rows.append({"name": "lasting", "faults": lasting, "recipe": rollback.replace("every_steps: 2", "every_steps: 3")})
+    rows.append({"name": "lost", "faults": lasting})
+    twice_more = [{"what": "image", "window": w, "rank": rank} for w in (2, 3, 4, 5)]
+    rows.append({"name": "rollback-twice", "faults": twice_more, "recipe": rollback})
     rows.append({"name": "give-up", "faults": lasting, "recipe": "health: {give_up_after: 2}"})
     fault = {"what": "image", "window": AT, "rank": rank, "value": "nan"}
     rows.append({"name": "wandb", "faults": [fault], "set": ["log.wandb.enabled=true", "log.wandb.mode=offline"]})
@@ -122,6 +125,19 @@ def test_strikes_far_apart_cause_no_rollback(runs):
 def test_a_broken_weight_is_healed_by_a_rollback(runs):
     rows = [row for row in inject.rows(runs / "lasting") if "train/loss" in row]
     assert [row["train/loss"] is None for row in rows] == [False, False, False, True, True, False]
+
+
+def test_weights_that_are_lost_never_take_a_good_checkpoints_place(runs):
+    assert "weights are not finite" in inject.outcome(runs, "lost")
+    assert (runs / "lost" / "checkpoints" / "last").readlink().name == "window-00000003"
+
+
+def test_each_rollback_lowers_the_rate_again(runs):
+    rows = [row for row in inject.rows(runs / "rollback-twice") if "train/loss" in row]
+    assert [row["health/rollbacks"] for row in rows] == [0, 0, 0, 1, 1, 2]
+    assert [row["step"] for row in rows] == [1, 2, 2, 2, 2, 2]
+    state = json.loads((runs / "rollback-twice" / "checkpoints" / "last" / "state.json").read_text())
+    assert state["health"]["lr_factor"] == 0.25
 
 
 def test_a_run_that_learns_nothing_any_more_gives_up(runs):

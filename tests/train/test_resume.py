@@ -166,6 +166,24 @@ def test_a_rollback_is_resumed_like_anything_else(tmp_path, monkeypatch):
 
 
 @pytest.mark.law2
+@pytest.mark.law3
+@pytest.mark.parametrize("window", [1, 3])
+def test_a_stop_where_a_checkpoint_is_due_anyway_is_what_a_rollback_goes_back_to(tmp_path, monkeypatch, window):
+    """With or without the stop; and one where none is due is not."""
+    more = FLIPS.replace("every_steps: 2", "every_steps: 4") + "health: {on_nonfinite: rollback, strikes: 1}\n"
+    monkeypatch.setattr(injected.window.WindowRunner, "_micro_batch", injected.micro_batch)
+    fault = {"what": "image", "window": 4}
+    injected.faults.left = [dict(fault)]
+    undisturbed = train(recipe("whole", more), runs=tmp_path / "a")
+    injected.faults.left = [dict(fault)]
+    with monkeypatch.context() as patch:
+        at_window(patch, window, lambda: ask(signal.SIGTERM))
+        run = train(recipe("whole", more), runs=tmp_path / "b")
+    train(recipe("whole", more), runs=tmp_path / "b", resume=True)
+    assert_same(run, undisturbed)
+
+
+@pytest.mark.law2
 @pytest.mark.law4
 def test_a_smaller_cut_is_kept_over_a_resume(tmp_path, monkeypatch):
     monkeypatch.setattr(injected.window.WindowRunner, "_micro_batch", injected.micro_batch)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.optimizer import patch_optimizer_step
 
 from detr_accel import data
 from detr_accel import recipe as recipes
@@ -16,6 +17,7 @@ from detr_accel.train.commit import Commit
 from detr_accel.train.health import Health, HealthState
 from detr_accel.train.launch import make_accelerator
 from detr_accel.train.run_folder import RunFolder
+from detr_accel.train.saving import Saver
 from detr_accel.train.window import WindowResult
 
 _spec = importlib.util.spec_from_file_location("injected_scaler", Path(__file__).with_name("injected.py"))
@@ -32,7 +34,7 @@ def training(tmp_path):
     accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
     recipe = recipes.loads(injected.TINY.replace('precision: "no"\n', "") + "name: scaled\n")
     built = parts.build(recipe, accelerator, data.build(recipe), resume=False)
-    built.prepared = accelerator.prepare_optimizer(built.optimizer)
+    parts.prepare(built)
     run = RunFolder(tmp_path / "scaled")
     yield built, Commit(built, run, Silent(), Captures(built, run.path / "captures"))
     accelerator.scaler, accelerator.native_amp, accelerator.state._mixed_precision = kept
@@ -88,14 +90,53 @@ def test_steps_overflows_and_poison_follow_each_other(training):
     assert state.health.overflows_in_a_row == state.health.refused_in_a_row == 0
 
 
+@pytest.mark.law3
+def test_a_norm_that_overflows_with_finite_components_is_no_step(training):
+    built, commit = training
+    state = State(micro=2, window=1)
+    before = tensors(built)
+    result = WindowResult(losses={"loss": 3.0}, grad_norms={"all": float("inf")}, grad_norm=float("inf"))
+    for row in built.runner.groups.values():
+        for p in row:
+            p.grad = torch.full_like(p, 1e30) * built.accelerator.scaler.get_scale()
+    built.accelerator.unscale_gradients()
+    assert not commit(state, result, [])
+    assert same(before, tensors(built))
+
+
+@pytest.mark.law4
+def test_half_a_step_leaves_the_scaler_ready(training, tmp_path):
+    built, commit = training
+    state = State(micro=2)
+    saver = Saver(built, RunFolder(tmp_path / "scaled"), Silent())
+    assert go(built, commit, state)
+    saver(state, counted=True, must=True)
+    kept, scale = tensors(built), built.accelerator.scaler.get_scale()
+    plain = built.optimizer.step
+
+    def half(*args, **kwargs):
+        plain(*args, **kwargs)
+        raise torch.OutOfMemoryError("injected")
+
+    built.prepared._optimizer_patched_step_method = half
+    assert not go(built, commit, state) and commit.broken
+    built.prepared._optimizer_patched_step_method = patch_optimizer_step(built.prepared, plain)
+    commit.settle(state)
+    assert same(kept, tensors(built)) and built.accelerator.scaler.get_scale() == scale
+    assert go(built, commit, state), "the scaler is ready for the next window"
+
+
 @pytest.mark.law9
 def test_the_search_for_a_scale_raises_no_alarm_and_many_overflows_do():
     policy = Health("skip", strikes=3, within=9, lr_factor=0.5, give_up_after=9, overflow_patience=4)
     state, overflow = HealthState(), WindowResult(losses={"loss": 3.0}, grad_norm=float("inf"))
     told = [policy.judge(state, overflow, window, scaler=True, precision="fp16", images=[]) for window in range(1, 9)]
-    assert [v.action for v in told] == ["commit"] * 8, "the scaler itself skips the step"
-    assert [bool(v.text) for v in told] == [False, False, False, True] * 2
+    assert [v.action for v in told] == ["commit"] * 4 + ["skip"] * 4, (
+        "the scaler itself skips the step, and then poison"
+    )
+    assert [bool(v.text) for v in told] == [False] * 3 + [True] * 5
     assert "4 windows in a row" in told[3].text and "bf16" in told[3].text
+    assert told[4].capture and state.nonfinite == 4
 
 
 @pytest.mark.law3
