@@ -1,0 +1,20 @@
+"""The embedded default's first losses stay what they were: a change of numbers does not slip in with something else."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+_spec = importlib.util.spec_from_file_location("golden_curve", Path(__file__).with_name("golden_curve.py"))
+golden = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(golden)
+
+
+def test_the_first_losses_of_shapes_are_the_golden_ones(tmp_path):
+    wanted = json.loads(golden.GOLDEN.read_text(encoding="utf-8"))["loss"]
+    losses = golden.curve(tmp_path)
+    assert len(losses) == len(wanted) == golden.STEPS
+    assert losses[:5] == pytest.approx(wanted[:5], rel=1e-3)
+    assert losses == pytest.approx(wanted, rel=2e-2)
+    assert losses[-1] < losses[0], "and it learns"
