@@ -17,4 +17,4 @@ def test_the_first_losses_of_shapes_are_the_golden_ones(tmp_path):
     assert len(losses) == len(wanted) == golden.STEPS
     assert losses[:5] == pytest.approx(wanted[:5], rel=1e-3)
     assert losses == pytest.approx(wanted, rel=2e-2)
-    assert losses[-1] < losses[0], "and it learns"
+    assert len(set(losses)) == golden.STEPS, "every window is another one"

@@ -5,6 +5,11 @@ from torchvision.ops import generalized_box_iou_loss
 
 from detr_accel import models
 from detr_accel.boxes import cxcywh_to_xyxy
+from detr_accel.models.autocast import within_half
+from detr_accel.models.losses import SetCriterion
+from detr_accel.models.matcher import Matcher
+from detr_accel.models.transformer import DecoderLayer
+from detr_accel.structures import Targets, UserError
 
 
 def _criterion(make_recipe, **loss):
@@ -166,3 +171,26 @@ def test_micro_batches_add_up_to_the_window(make_model, make_recipe, make_batch,
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-9, atol=1e-12 * norm.item(), msg=name)
+
+
+@pytest.mark.parametrize("label", [-1, 5])
+def test_a_label_without_a_class_is_named_before_a_device_sees_it(label):
+    criterion = SetCriterion(5, 4, Matcher(), {"ce": 1.0, "bbox": 5.0, "giou": 2.0}, 0.1)
+    boxes = torch.full((2, 4), 0.3)
+    target = Targets(17, torch.tensor([0, label]), boxes, (8, 8), (8, 8))
+    with pytest.raises(UserError, match=f"image 17 has a box with label {label}, and the model has the classes 0 to 4"):
+        criterion.count([target])
+
+
+def test_half_precision_stays_inside_its_border_and_nothing_else_is_touched():
+    x = torch.tensor([70000.0, -70000.0, 3.0])
+    assert within_half(x) is x, "float32 has no such border"
+    half = within_half(torch.tensor([float("inf"), float("-inf"), 3.0, float("nan")], dtype=torch.float16))
+    assert half[:3].tolist() == [65504.0, -65504.0, 3.0] and half[3].isnan(), "poison stays poison"
+    layer = DecoderLayer(16, 4, 32, 0.0)
+    with torch.no_grad():
+        layer.linear2.weight.fill_(3e4)
+        layer.linear1.weight.fill_(30.0)
+    with torch.autocast("cpu", torch.float16):
+        out = layer(*(torch.randn(2, 5, 16) for _ in range(4)), None)
+    assert torch.isfinite(out).all()

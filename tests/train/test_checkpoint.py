@@ -1,5 +1,6 @@
 import json
 import os
+import resource
 
 import pytest
 import torch
@@ -115,3 +116,26 @@ def test_manifest_covers_every_file(tmp_path):
     path = save(tmp_path, 1, *make())
     listed = set(json.loads((path / "manifest.json").read_text()))
     assert listed == {p.name for p in path.iterdir()} - {"manifest.json"}
+
+
+def test_a_disk_that_is_really_full_is_a_sentence_and_leaves_no_rubbish(tmp_path):
+    """No stand-in: the system refuses bytes beyond a limit, in the middle of the weights."""
+    parts = make()
+    save(tmp_path, 1, *parts)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, before[1]))
+    try:
+        with pytest.raises(UserError, match="window-00000002 could not be written: .*free space"):
+            save(tmp_path, 2, *parts)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir() and not p.is_symlink()] == ["window-00000001"]
+    assert checkpoint.load_last(tmp_path)[0].name == "window-00000001"
+
+
+@pytest.mark.law2
+def test_a_kill_between_the_two_renames_of_a_window_written_again_loses_nothing(tmp_path):
+    path = save(tmp_path, 3, *make())
+    os.replace(path, tmp_path / ".old-window-00000003")
+    assert checkpoint.load_last(tmp_path)[0] == path
+    assert checkpoint.damage(path) is None
