@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import itertools
 import os
@@ -19,6 +20,8 @@ from detr_accel.monitor import memory
 from detr_accel.structures import Batch, Targets, UserError
 from detr_accel.train.parts import Parts
 from detr_accel.train.window import is_out_of_memory
+
+_LIBC = ctypes.CDLL(None) if os.name == "posix" else None  # glibc keeps freed memory until it is told not to
 
 # --- while a run goes on
 
@@ -69,10 +72,12 @@ def make_room(model: nn.Module, state) -> str:
 
 
 def release(device: torch.device) -> None:
-    """Give back what a failed attempt still holds."""
+    """Give back what a failed attempt still holds: to the device, or from the allocator to the operating system."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    elif hasattr(_LIBC, "malloc_trim"):
+        _LIBC.malloc_trim(0)
 
 
 # --- before the first window

@@ -90,7 +90,8 @@ class Validation:
         except Exception as error:  # on every process: evaluation refuses together
             if any(gather_object([stop.requested])):
                 return None
-            if "OutOfMemory" in type(error).__name__ or "out of memory" in str(error):
+            told = f"{type(error).__name__} {error}".lower().replace(" ", "")
+            if "outofmemory" in told:
                 raise UserError(
                     f"evaluation ran out of memory: lower evaluate.batch (it is {recipe.evaluate.batch}) or "
                     "data.eval_size, then go on with --resume"

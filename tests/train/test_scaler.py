@@ -53,7 +53,8 @@ def go(built, commit, state: State, spoil=lambda batches: batches) -> bool:
 
 
 def tensors(built) -> list[torch.Tensor]:
-    moments = [v for row in built.optimizer.state.values() for v in row.values()]
+    rows = [built.optimizer.state[p] for p in built.bare.parameters() if p.requires_grad]
+    moments = [row[key] for row in rows for key in sorted(row)]
     return [t.clone() for t in (*built.bare.state_dict().values(), *moments, *built.ema.module.state_dict().values())]
 
 
