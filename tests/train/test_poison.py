@@ -33,6 +33,12 @@ def scenarios(processes: int) -> list[dict]:
             rows.append({"name": f"{kind}-{value}", "faults": [fault], "recipe": "health: {captures: 1}"})
     fault = {"what": "image", "window": 2, "rank": rank, "value": "nan"}
     rollback = "health: {on_nonfinite: rollback, strikes: 2, within: 3}\ncheckpoint: {every_steps: 2, keep: 9}"
+    for kind in KINDS:
+        once = {"what": kind, "window": 2, "rank": rank, "micro": 0, "value": "inf"}
+        short = "\nschedule: {steps: 4, kind: constant}"
+        rows.append({"name": f"stop-{kind}", "faults": [dict(once)], "recipe": "health: {on_nonfinite: stop}" + short})
+        twice = [dict(once), once | {"window": 3, "value": "nan"}]
+        rows.append({"name": f"rollback-{kind}", "faults": twice, "recipe": rollback + short})
     rows.append({"name": "stop", "faults": [dict(fault)], "recipe": "health: {on_nonfinite: stop}"})
     twice = [dict(fault), fault | {"window": 3}]
     rows.append({"name": "rollback", "faults": twice, "recipe": rollback})
@@ -99,6 +105,14 @@ def test_stop_ends_the_run_in_words_and_keeps_the_last_checkpoint(runs):
     said = inject.outcome(runs, "stop")
     assert "window 3" in said and "stops" in said and "--resume" in said
     assert json.loads((runs / "stop" / "status.json").read_text())["state"] == "failed"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_is_not_finite_stops_or_goes_back(runs, kind):
+    assert "window 3" in inject.outcome(runs, f"stop-{kind}") and "stops" in inject.outcome(runs, f"stop-{kind}")
+    assert inject.outcome(runs, f"rollback-{kind}") is None
+    ended = inject.weights(runs / f"rollback-{kind}")
+    assert inject.differing(ended, inject.weights(runs / f"rollback-{kind}", "window-00000002")) == []
 
 
 def test_two_strikes_go_back_to_the_checkpoint_and_lower_the_rate(runs):
