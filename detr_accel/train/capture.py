@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from detr_accel import models
+from detr_accel import data, models
 from detr_accel import recipe as recipes
 from detr_accel.structures import Batch, Targets, UserError
 from detr_accel.train.agree import on_main
@@ -88,11 +89,7 @@ class Captures:
         return guilty if any(gather_object([bool(guilty)])) else micro_batches
 
     def _named(self, row: dict[str, Any]) -> dict[str, Any]:
-        source, wanted = self.parts.splits.train, {image_id: i for i, image_id in enumerate(row["image_ids"])}
-        names = dict.fromkeys(row["image_ids"], "")
-        for index in range(len(source)):
-            if source.image_id(index) in wanted:
-                names[source.image_id(index)] = source.name(index)
+        names = names_of(self.parts.splits.train, row["image_ids"])
         return row | {"names": [names[i] for i in row["image_ids"]]}
 
     def _finish(self, temporary: Path, folder: Path, state, result: WindowResult, rows: list[dict]) -> bool:
@@ -114,6 +111,13 @@ class Captures:
             shutil.rmtree(temporary, ignore_errors=True)
             return False
         return True
+
+
+def names_of(source: data.Source, image_ids: Sequence[int]) -> dict[int, str]:
+    """Image id -> name, in the order of the source, which is only looked through where there is anything to find."""
+    wanted = set(image_ids)
+    indices = range(len(source)) if wanted else ()
+    return {source.image_id(i): source.name(i) for i in indices if source.image_id(i) in wanted}
 
 
 def _write_batches(folder: Path, rank: int, batches: list[Batch], room: float) -> list[dict[str, Any]]:

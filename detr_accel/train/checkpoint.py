@@ -48,9 +48,7 @@ class State:
     scaler: dict[str, Any] | None = None
     layout: dict[str, Any] | None = None
     fingerprint: str | None = None
-    evaluated_window: int | None = (
-        None  # where metrics and threshold come from; an evaluation that is owed is due again
-    )
+    evaluated_window: int | None = None  # where metrics and threshold come from: a later evaluation may be owed
     micro: int | None = None  # images per forward in force: what auto chose, or what running out of memory left
     checkpointed: list[str] = field(default_factory=list)  # parts that are computed again in backward
     anchor: str | None = None  # the folder that a rollback goes back to: the last checkpoint that came by counting

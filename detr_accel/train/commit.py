@@ -6,7 +6,7 @@ import torch
 
 from detr_accel.structures import Batch, UserError
 from detr_accel.train import health, resuming
-from detr_accel.train.capture import Captures
+from detr_accel.train.capture import Captures, names_of
 from detr_accel.train.checkpoint import State
 from detr_accel.train.memory_fit import release
 from detr_accel.train.parts import Parts
@@ -39,7 +39,7 @@ class Commit:
             UserError: the verdict is to stop.
         """
         accelerator = self.parts.accelerator
-        images = self._names(result.bad_images)
+        images = list(names_of(self.parts.splits.train, result.bad_images).values())
         verdict = self.parts.health.judge(
             state.health, result, state.window, scaler=accelerator.scaler is not None,
             precision=accelerator.mixed_precision, images=images,
@@ -102,11 +102,7 @@ class Commit:
 
     def settle(self, state: State) -> None:
         """Before weights are evaluated or kept: has every process made its last step whole? If not, all go back."""
-        parts = self.parts
-        broken = torch.tensor([float(self.broken)])
-        if parts.accelerator.num_processes > 1:
-            broken = all_reduce_sum(broken, parts.accelerator.device)
-        if broken.item() > 0:
+        if all_reduce_sum(torch.tensor([float(self.broken)]), self.parts.accelerator.device).item() > 0:
             self.mend(state)
 
     def mend(self, state: State) -> None:
@@ -131,9 +127,3 @@ class Commit:
         self.sinks.say(
             f"rolled back to {state.anchor} (step {state.step}); the samples go on after window {state.window}"
         )
-
-    def _names(self, image_ids: list[int]) -> list[str]:
-        if not image_ids:
-            return []
-        source, wanted = self.parts.splits.train, set(image_ids)
-        return [source.name(i) for i in range(len(source)) if source.image_id(i) in wanted]

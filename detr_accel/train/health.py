@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
@@ -22,10 +21,6 @@ class HealthState:
     strikes: list[int] = field(default_factory=list)  # windows refused since the last rollback
     refused_in_a_row: int = 0
     overflows_in_a_row: int = 0  # of fp16's search for a scale
-
-    @classmethod
-    def from_json(cls, row: dict[str, Any]) -> HealthState:
-        return cls(**row)
 
 
 @dataclass(frozen=True)
