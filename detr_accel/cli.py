@@ -158,10 +158,12 @@ def _model_options(p: argparse.ArgumentParser) -> None:
 
 
 def _train(args, overrides) -> int:
+    from detr_accel.train import launch
     from detr_accel.train.loop import train
 
     resume = "auto" if args.resume == "auto" else args.resume == "yes"
     train(recipes.load(args.recipe, overrides), runs=args.runs, resume=resume, branch=args.branch)
+    launch.leave()
     return 0
 
 

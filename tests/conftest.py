@@ -1,6 +1,7 @@
 """What holds for every test: two cores are shared, nothing is fetched, nothing is sent."""
 
 import os
+import shutil
 import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; child processes inherit it
@@ -21,3 +22,22 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a GPU that torch can use")
     if item.get_closest_marker("network") and "network" not in item.config.getoption("-m"):
         pytest.skip("needs the network: pytest -m network")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.failed:
+        _failed_files.add(report.nodeid.partition("::")[0])
+
+
+_failed_files: set[str] = set()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def clear_away(request, tmp_path_factory):
+    """The runs of a file are gone when its tests are over, unless one of them failed: a disk is not endless."""
+    base = tmp_path_factory.getbasetemp()
+    before = set(base.iterdir())
+    yield
+    if request.node.nodeid.partition("::")[0] not in _failed_files:
+        for folder in set(base.iterdir()) - before:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from detr_accel.monitor.environment import gpu_trouble
@@ -87,6 +87,12 @@ def make_accelerator(
     if accelerator.device.type == "cpu":
         _use_all_threads(request)
     return accelerator
+
+
+def leave() -> None:
+    """End the process group: a process that exits while gloo's threads run is now and then aborted, exit code 134."""
+    if PartialState._shared_state:
+        PartialState().destroy_process_group()
 
 
 def describe(accelerator: Accelerator) -> str:

@@ -140,6 +140,7 @@ def main(out: Path) -> None:
         "failed": run(mine, predict=(lambda batch: 1 / 0) if last else (lambda batch: batch), **told),
     }
     Path(f"{out}.{rank}").write_text(json.dumps(results))
+    state.destroy_process_group()  # a process that leaves with gloo's threads running may be aborted
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[2]
 # a detector small enough to train a few windows in seconds
 TINY = [
     "data.shapes.num_train=22", "data.shapes.num_val=7", "data.shapes.image_size=64", "data.augment.scales=[64]",
-    "data.eval_size=64", "data.workers=1", "model.backbone.name=resnet10t", "model.hidden_dim=32", "model.num_heads=4",
+    "data.eval_size=64", "data.workers=1", "model.backbone.name=test_resnet",
+    "model.hidden_dim=32", "model.num_heads=4",
     "model.num_encoder_layers=1", "model.num_decoder_layers=2", "model.dim_feedforward=32", "model.num_queries=10",
     "batch.size=8", "batch.micro=4", "schedule.epochs=2", "log.every=1", "evaluate.every_epochs=1",
     "checkpoint.every_epochs=1", "evaluate.batch=2", "ema.enabled=true",

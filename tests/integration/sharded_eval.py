@@ -24,7 +24,7 @@ RECIPE = """
 name: sharded
 data: {format: coco, root: /data, eval_size: 96, eval_max_size: 128, workers: 0}
 model:
-  backbone: {name: resnet10t, weights: none}
+  backbone: {name: test_resnet, weights: none}
   hidden_dim: 128
   num_heads: 4
   num_encoder_layers: 1
@@ -90,6 +90,7 @@ def main(checkpoint: Path, folder: Path, out: Path) -> None:
     )  # fmt: skip
     result = {"processes": state.num_processes, "values": metrics.values, "whole": metrics.to_json()}
     Path(f"{out}.{state.process_index}").write_text(json.dumps(result))
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":

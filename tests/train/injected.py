@@ -17,7 +17,7 @@ import torch
 from detr_accel import models
 from detr_accel import recipe as recipes
 from detr_accel.structures import Batch, UserError
-from detr_accel.train import commit, loop, validation, window
+from detr_accel.train import commit, launch, loop, validation, window
 
 # live BatchNorm, so that running statistics are at stake too
 TINY = """
@@ -28,7 +28,7 @@ data:
   augment: {scales: [64]}
   eval_size: 64
 model:
-  backbone: {name: resnet10t, weights: none}
+  backbone: {name: test_resnet, weights: none}
   hidden_dim: 32
   num_heads: 4
   num_encoder_layers: 1
@@ -171,6 +171,7 @@ def main() -> None:
         except (UserError, RuntimeError) as error:
             said = str(error)
         (folder / f"outcome-{scenario['name']}-{RANK}.json").write_text(json.dumps(said))
+    launch.leave()
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def test_a_size_that_runs_out_of_memory_does_not_fit(built, monkeypatch):
 
 @pytest.mark.law4
 def test_trying_leaves_no_trace_in_the_training(tmp_path):
-    auto = injected.TINY.replace("micro: 2", "micro: auto").replace("name: resnet10t", "name: resnet10t")
+    auto = injected.TINY.replace("micro: 2", "micro: auto").replace("name: test_resnet", "name: resnet10t")
     tried = train(recipes.loads(auto + SHORT + "name: tried\n"), runs=tmp_path)
     state = (tried / "checkpoints" / "last" / "state.json").read_text()
     assert '"micro": 8' in state

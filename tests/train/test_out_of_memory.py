@@ -173,7 +173,7 @@ def test_memory_is_told_from_other_errors(error, is_it):
 
 
 def test_room_is_made_step_by_step_until_nothing_is_left():
-    text = "name: t\ndata: {format: shapes}\nmodel: {backbone: {name: resnet10t, weights: none}, hidden_dim: 32}"
+    text = "name: t\ndata: {format: shapes}\nmodel: {backbone: {name: test_resnet, weights: none}, hidden_dim: 32}"
     model = models.build(loads(text), 3)
     state = State(micro=4)
     told = []

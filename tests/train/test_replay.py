@@ -27,7 +27,7 @@ _spec = importlib.util.spec_from_file_location("runs", Path(__file__).parents[1]
 runs = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(runs)
 
-RECIPE = "name: faulty\ndata: {format: shapes}\nmodel: {backbone: {name: resnet10t, weights: none, norm: live}}\n"
+RECIPE = "name: faulty\ndata: {format: shapes}\nmodel: {backbone: {name: test_resnet, weights: none, norm: live}}\n"
 LAYER = "transformer.decoder.layers.1"
 
 

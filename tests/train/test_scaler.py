@@ -30,7 +30,7 @@ def training(tmp_path):
     """Parts whose accelerator scales as under fp16; forward stays in float32, which this CPU computes in."""
     accelerator = make_accelerator("no", "cpu")
     kept = accelerator.scaler, accelerator.native_amp, accelerator.state._mixed_precision
-    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_interval=3)
     accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
     recipe = recipes.loads(injected.TINY.replace('precision: "no"\n', "") + "name: scaled\n")
     built = parts.build(recipe, accelerator, data.build(recipe), resume=False)
@@ -81,7 +81,7 @@ def test_steps_overflows_and_poison_follow_each_other(training):
     assert scaler.get_scale() == 2.0**126 and state.step == 1
     assert (state.health.nonfinite, state.health.overflows_in_a_row) == (0, 1)
 
-    scaler.update(2.0**10)
+    scaler.update(2.0**4)
     growth = scaler.state_dict()
     assert not go(built, commit, state, nan_pixel)
     assert same(before, tensors(built)) and scaler.state_dict() == growth, "poison is not the scale's fault"

@@ -13,6 +13,7 @@ from detr_accel import models
 from detr_accel.data.sampler import share
 from detr_accel.recipe import loads
 from detr_accel.structures import Batch, Targets
+from detr_accel.train import launch
 from detr_accel.train.launch import make_accelerator
 from detr_accel.train.window import WindowRunner
 
@@ -110,6 +111,7 @@ def main() -> None:
                     model._is_accelerate_prepared = False
     if accelerator.is_main_process:
         torch.save({key: (vars(r), g) for key, (r, g) in results.items()} | {"reads": reads}, out)
+    launch.leave()
 
 
 main()
