@@ -21,6 +21,7 @@ from detr_accel.structures import UserError
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
+Watched = Literal["AP", "AP50", "AP75", "AR100", "loss"]
 
 
 class Section(BaseModel):
@@ -233,14 +234,19 @@ class Schedule(Section):
     """Length of the training, in passes over the training split."""
     steps: Positive | None = None
     """Length in optimizer steps; takes the place of epochs when set."""
-    kind: Literal["step", "cosine", "constant"] = "step"
-    """``step``: multiply by gamma at each of drop_at. ``cosine``: fall to min_factor at the end."""
+    kind: Literal["step", "cosine", "constant", "plateau"] = "step"
+    """``step``: multiply by gamma at each of drop_at. ``cosine``: fall to min_factor at the end. ``plateau``: multiply
+    by gamma whenever ``patience`` evaluations in a row brought nothing better."""
     drop_at: list[Annotated[float, Field(gt=0, lt=1)]] = [0.6667]
     """Fractions of the training at which ``step`` drops (DETR: 200 of 300 epochs, 400 of 500)."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """What ``step`` multiplies by at each drop."""
+    """What ``step`` and ``plateau`` multiply by at each drop."""
     min_factor: Fraction = 0.0
-    """What cosine leaves of the learning rate at the end."""
+    """What cosine leaves of the learning rate at the end, and plateau at the least."""
+    patience: Positive = 3
+    """Evaluations without a better ``metric`` after which ``plateau`` drops."""
+    metric: Watched = "AP"
+    """What ``plateau`` watches; ``loss`` is that of the validation split, where less is better."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the learning rate rises linearly from 0."""
 
@@ -271,6 +277,25 @@ class Evaluate(Section):
     """By which ``best`` is chosen."""
     panel_images: Annotated[int, Field(ge=0, le=64)] = 8
     """Validation images shown with true and predicted boxes in W&B."""
+    raw: bool = False
+    """Evaluate the trained weights too where an average is kept (logged as val/raw/...): twice the time."""
+    train_images: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Training images whose loss is taken at each evaluation as that of the validation split is (no augmentation, no
+    dropout, the same weights): where the two part, the model overfits. ``auto``: 3 % of the images trained on between
+    two evaluations, at most 512, about 1 % of the time. 0: none."""
+
+
+class EarlyStop(Section):
+    """Ends a run that no longer gets better."""
+
+    patience: Positive | None = None
+    """Evaluations in a row without a better ``metric`` after which the run ends; null: it runs to its end."""
+    metric: Watched = "AP"
+    """What is watched; ``loss`` is that of the validation split, where less is better."""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """How much better than the best so far counts as better: 0.001 is 0.1 AP."""
+    min_epochs: Annotated[float, Field(ge=0)] = 0.0
+    """Epochs before which no run is ended."""
 
 
 class Checkpoint(Section):
@@ -372,6 +397,8 @@ class Recipe(Section):
     """Averaged weights."""
     evaluate: Evaluate = Evaluate()
     """Metrics."""
+    early_stop: EarlyStop = EarlyStop()
+    """The end before the end."""
     checkpoint: Checkpoint = Checkpoint()
     """Saving."""
     health: Health = Health()

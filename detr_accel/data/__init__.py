@@ -17,13 +17,13 @@ from detr_accel.data.images import ImageFiles
 from detr_accel.data.loader import worker_death
 from detr_accel.data.sampler import EvalTasks, TrainTasks, share, windows_per_epoch
 from detr_accel.data.shapes import ShapesSource
-from detr_accel.data.source import Source
+from detr_accel.data.source import Source, Subset
 from detr_accel.recipe import Recipe
 from detr_accel.structures import Batch, Classes, UserError
 
 __all__ = [
-    "ImageFiles", "Source", "Splits", "build", "describe", "eval_batches", "eval_source", "share", "train_windows",
-    "windows_per_epoch", "worker_death", "worst_window",
+    "ImageFiles", "Source", "Splits", "Subset", "build", "describe", "eval_batches", "eval_source", "share",
+    "train_windows", "windows_per_epoch", "worker_death", "worst_window",
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -38,6 +39,35 @@ class Source(Protocol):
 
     def fingerprint(self) -> str:
         """sha256 over names, sizes and annotations: equal exactly when the training data are."""
+
+
+class Subset:
+    """Some images of a source, in the order given, as a source of their own.
+
+    Args:
+        indices: of ``source``.
+    """
+
+    def __init__(self, source: Source, indices: Sequence[int]) -> None:
+        self.source, self.indices, self.classes = source, list(indices), source.classes
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def size_px(self, index: int) -> tuple[int, int]:
+        return self.source.size_px(self.indices[index])
+
+    def image_id(self, index: int) -> int:
+        return self.source.image_id(self.indices[index])
+
+    def name(self, index: int) -> str:
+        return self.source.name(self.indices[index])
+
+    def sample(self, index: int) -> Sample:
+        return self.source.sample(self.indices[index])
+
+    def most_boxes(self) -> int:
+        return self.source.most_boxes()
 
 
 def generator(seed: int, stream: int, *words: int) -> np.random.Generator:

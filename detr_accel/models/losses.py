@@ -93,6 +93,22 @@ class SetCriterion(nn.Module):
         at_least_one = {"num_boxes": boxes.clamp(min=1), "matched": matched.clamp(min=1), "images": images.clamp(min=1)}
         return {**at_least_one, "ce": torch.where(images > 0, ce, torch.ones_like(ce))}
 
+    def average(self, sums: dict[str, float], total: Tensor) -> dict[str, float]:
+        """Loss over any set of images, from ``LossResult.losses`` that were made with divisors of one and added up.
+
+        Args:
+            sums: by name.
+            total: ``count`` of the set.
+        Returns:
+            each of them divided, and ``loss``, their weighted sum.
+        """
+        divisors = {k: float(v) for k, v in self.normalisers(total).items()}
+        by = {"class_error": "matched", "cardinality_error": "images"}
+        kinds = {name: name.removeprefix("loss_").partition("_")[0] for name in sums if name not in by}
+        by |= {name: "ce" if kind == "ce" else "num_boxes" for name, kind in kinds.items()}
+        values = {name: value / divisors[by[name]] for name, value in sums.items()}
+        return values | {"loss": sum(self.weights[kind] * values[name] for name, kind in kinds.items())}
+
     def forward(self, outputs: dict, targets: list[Targets], counts: dict[str, Tensor]) -> LossResult:
         """
         Args:

@@ -88,10 +88,16 @@ class Console:
         left = f", {words(seconds_left)} left" if seconds_left is not None else ""
         self.say(f"epoch {stats.epoch:.2f} window {stats.window}/{self.total}: {_figures(stats, speed)}{left}")
 
-    def evaluation(self, metrics: Any, *, window: int, epoch: float, weights: str, best: str) -> None:
-        """A table. ``metrics``: anything with ``table()``."""
+    def evaluation(
+        self, metrics: Any, *, window: int, epoch: float, weights: str, best: str, extra: dict[str, float]
+    ) -> None:
+        """A table. ``metrics``: anything with ``table()``; ``extra``: losses, and the trained weights' AP."""
         head = f"evaluation after epoch {epoch:.2f} (window {window}), {weights} weights{best}"
-        self.say(head + "\n" + "\n".join("  " + row for row in metrics.table().splitlines()))
+        shown = {"validation loss": extra.get("val/loss"), "same on training images": extra.get("val/train_loss")}
+        lines = [*metrics.table().splitlines(), ", ".join(f"{k} {v:.4g}" for k, v in shown.items() if v is not None)]
+        if "val/raw/AP" in extra:
+            lines.append(f"raw weights: AP {100 * extra['val/raw/AP']:.1f}, AP50 {100 * extra['val/raw/AP50']:.1f}")
+        self.say(head + "\n" + "\n".join("  " + row for row in lines if row))
 
     def progress(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
         """Wrap a loop that can last: a bar that goes away in a terminal, nothing elsewhere."""

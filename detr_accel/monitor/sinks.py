@@ -107,6 +107,7 @@ class Sinks:
         weights: str,
         panel: Sequence[PanelItem] = (),
         classes: Classes | None = None,
+        extra: dict[str, float] | None = None,
     ) -> None:
         """After an evaluation: a table, a row, and in W&B the classes' table and the panel.
 
@@ -115,13 +116,14 @@ class Sinks:
             weights: ``ema`` or ``raw``: which weights were evaluated.
             panel: (image uint8 [H, W, 3], true boxes xyxy px [N, 4], true labels [N], Detections, image id).
             classes: names of the panel's labels.
+            extra: further numbers of the row, such as ``val/loss`` and ``val/train_loss``.
         """
         place = {"window": window, "step": step, "epoch": epoch}
-        row = rows.val_row(metrics)
+        row = rows.val_row(metrics) | (extra or {})
         details = {"val/weights": weights, "val/backend": metrics.backend, "val/per_class": metrics.per_class}
         self._write(self.metrics, place | row | details)
         best = self._note_best(metrics.values[self.metric], window)
-        self.console.evaluation(metrics, window=window, epoch=epoch, weights=weights, best=best)
+        self.console.evaluation(metrics, window=window, epoch=epoch, weights=weights, best=best, extra=extra or {})
         if self.wandb is None or not self._sent.is_new("val", window):
             return
         names = {i: n for i, n in enumerate(classes.names) if n is not None} if classes is not None else {}

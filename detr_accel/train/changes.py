@@ -46,6 +46,7 @@ RULES = {
     "schedule.steps": SAFE,
     "ema": BRANCHING,
     "ema.enabled": FORBIDDEN,  # the checkpoint holds another set of weights
+    "early_stop": SAFE,
     "evaluate": SAFE,
     "evaluate.metric": BRANCHING,  # "best so far" would compare two metrics
     "checkpoint": SAFE,

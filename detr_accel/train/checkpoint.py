@@ -30,6 +30,7 @@ from torch import nn
 from detr_accel.structures import UserError
 from detr_accel.train.ema import Ema
 from detr_accel.train.health import HealthState
+from detr_accel.train.patience import Waiting
 
 MANIFEST = "manifest.json"
 
@@ -54,10 +55,13 @@ class State:
     anchor: str | None = None  # the folder that a rollback goes back to: the last checkpoint that came by counting
     parent: str | None = None  # the checkpoint that this run branched off
     health: HealthState = field(default_factory=HealthState)
+    early_stop: Waiting = field(default_factory=Waiting)
+    plateau: Waiting = field(default_factory=Waiting)
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> State:
-        return cls(**{**row, "health": HealthState(**row.get("health", {}))})
+        kinds = {"health": HealthState, "early_stop": Waiting, "plateau": Waiting}
+        return cls(**{**row, **{name: kind(**row.get(name, {})) for name, kind in kinds.items()}})
 
 
 def save(

@@ -116,7 +116,7 @@ def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal
     recipe, accelerator, train_split = built.recipe, built.accelerator, built.splits.train
     turn = _Turn(built, run, state, sinks, stop)
     if not turn.begin():
-        return False
+        return turn.over
     if state.window >= built.length.total:
         sinks.say(f"already done: {state.window} of {built.length.total} windows; a longer schedule.epochs goes on")
     windows = data.train_windows(
@@ -134,7 +134,7 @@ def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal
             turn.save(state, must=True)
             sinks.say(f"stopped as asked in the middle of window {state.window + 1}, which begins anew with --resume")
             return False
-        lr = set_lr(built.optimizer, built.factor(state.step) * state.health.lr_factor)
+        lr = set_lr(built.optimizer, parts.lr_factor(built, state))
         state.window += 1
         accepted = turn.commit(state, result, micro_batches)
         stats = _stats(result, state, built.length, lr, accepted, time.perf_counter() - begun, wait_seconds)
@@ -142,7 +142,7 @@ def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal
         if state.window % recipe.log.every == 0 or state.window == built.length.total or not result.finite:
             sinks.log(stats)
         if not turn.after(result):
-            return False
+            return turn.over
     return True
 
 
@@ -151,10 +151,10 @@ class _Turn:
 
     def __init__(self, built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal) -> None:
         self.built, self.state, self.sinks, self.stop = built, state, sinks, stop
-        recipe, accelerator = built.recipe, built.accelerator
-        self.validate = validation.Validation(recipe, built.splits, accelerator, built.evaluated, sinks)
+        self.validate = validation.Validation(built, sinks)
         self.save = Saver(built, run, sinks)
         self.commit = Commit(built, run, sinks, Captures(built, run.path / "captures"))
+        self.over = False  # early stopping ended the run
 
     def begin(self) -> bool:
         """Before the first window: room on the disk, something to go back to, an evaluation that is owed."""
@@ -164,11 +164,11 @@ class _Turn:
             self.save(state, counted=True, must=True)
         owed = state.window > 0 and self.built.length.due(state.window, recipe.evaluate.every_epochs)
         if owed and state.evaluated_window != state.window:
-            is_best = self.validate(state, self.built.length, self.stop)
+            is_best = self.validate(state, self.stop)
             counted = is_best or self._checkpoint_due()
             if counted or self.validate.aborted:
                 self.save(state, is_best=is_best, counted=counted, must=self.validate.aborted)
-        return not self.validate.aborted
+        return not self.validate.aborted and not self._is_over()
 
     def run(self, micro_batches: list[Batch], failure: str | None) -> tuple[list[Batch], WindowResult]:
         """The window, in smaller and smaller parts for as long as memory runs out.
@@ -207,13 +207,22 @@ class _Turn:
             with self.sinks.timed("evaluation"):
                 is_best = self._validate_or_save(state)
         stopping = result.stop_requested or self.validate.aborted
-        if counted or is_best or result.save_requested or stopping:
+        over = not stopping and self._is_over()
+        if counted or is_best or result.save_requested or stopping or over:
             with self.sinks.timed("checkpoint"):
-                must = stopping or state.window == length.total
+                must = stopping or over or state.window == length.total
                 self.save(state, is_best=is_best, counted=counted or is_best, must=must)
         if stopping:
             self.sinks.say(f"stopped as asked after window {state.window}; go on with --resume")
-        return not stopping
+        return not stopping and not over
+
+    def _is_over(self) -> bool:
+        """Whether early stopping ends the run here; says so."""
+        told = self.validate.over(self.state)
+        if told is not None:
+            self.sinks.say(told)
+        self.over = told is not None
+        return self.over
 
     def _checkpoint_due(self) -> bool:
         c = self.built.recipe.checkpoint
@@ -222,7 +231,7 @@ class _Turn:
     def _validate_or_save(self, state: State) -> bool:
         """A broken validation image must not cost the training since the last checkpoint."""
         try:
-            return self.validate(state, self.built.length, self.stop)
+            return self.validate(state, self.stop)
         except Exception:  # on every process: evaluation refuses together
             self.save(state)
             raise

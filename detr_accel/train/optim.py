@@ -49,7 +49,7 @@ def lr_schedule(
     """Factor on every group's learning rate.
 
     Args:
-        kind: ``step``, ``cosine`` or ``constant``.
+        kind: ``step``, ``cosine``, ``constant``, or ``plateau``, whose drops follow from evaluations and come on top.
         total_steps: length of the training in optimizer steps.
         warmup_steps: the factor rises linearly; the first step already learns, at 1 / warmup_steps.
         drop_at: fractions of total_steps at which ``step`` multiplies by gamma.
@@ -66,7 +66,7 @@ def lr_schedule(
         if kind == "cosine":
             progress = min(1.0, max(0, step - warmup_steps) / max(1, total_steps - warmup_steps))
             return warm * (min_factor + (1 - min_factor) * 0.5 * (1 + math.cos(math.pi * progress)))
-        assert kind == "constant", kind
+        assert kind in ("constant", "plateau"), kind
         return warm
 
     return factor

@@ -129,6 +129,14 @@ def schedule_of(recipe: Recipe, length: Length) -> Callable[[int], float]:
     )
 
 
+def lr_factor(parts: Parts, state) -> float:
+    """What every group's learning rate is multiplied by in the next step: the schedule, and what happened since."""
+    s, factor = parts.recipe.schedule, parts.factor(state.step)
+    if s.kind == "plateau":
+        factor *= max(s.min_factor, s.gamma**state.plateau.drops)
+    return factor * state.health.lr_factor
+
+
 def seed_everything(seed: int, deterministic: bool) -> None:
     """Initial weights; everything later is seeded by its place in the run."""
     random.seed(seed)

@@ -6,14 +6,15 @@ import math
 from collections.abc import Callable
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
 from detr_accel import data, evaluate, models
-from detr_accel.recipe import Recipe
 from detr_accel.structures import Batch, Detections, UserError
+from detr_accel.train import set_loss
 from detr_accel.train.checkpoint import State
+from detr_accel.train.parts import Parts
+from detr_accel.train.patience import Patience
 from detr_accel.train.stopping import StopSignal
 
 
@@ -21,40 +22,39 @@ class Validation:
     """Call it to evaluate; it keeps nothing but what does not change over the run.
 
     Args:
-        model: the weights that are evaluated: the average, or the bare model.
+        parts: the evaluated weights are the average, where there is one.
     """
 
-    def __init__(self, recipe: Recipe, splits, accelerator: Accelerator, model: nn.Module, sinks) -> None:
-        self.recipe, self.accelerator, self.model, self.sinks = recipe, accelerator, model, sinks
-        self.source = splits.val
+    def __init__(self, parts: Parts, sinks) -> None:
+        recipe, splits = parts.recipe, parts.splits
+        self.recipe, self.accelerator, self.sinks, self.criterion = recipe, parts.accelerator, sinks, parts.criterion
+        self.model, self.raw = parts.evaluated, parts.bare if parts.ema is not None and recipe.evaluate.raw else None
+        self.source, self.length = splits.val, parts.length
         self.to_category, _ = evaluate.match_classes(splits.train.classes, splits.val.classes)
         self.truth = splits.val.ground_truth()
         count = min(recipe.evaluate.panel_images, len(self.source)) if recipe.log.wandb.enabled else 0
         self.aborted = False
         self.panel = [i * len(self.source) // count for i in range(count)]
+        every = max(1, round(recipe.evaluate.every_epochs * self.length.per_epoch)) * recipe.batch.size
+        some = set_loss.num_images(recipe.evaluate.train_images, every, len(splits.train))
+        self.trained = data.Subset(splits.train, [i * len(splits.train) // some for i in range(some)])
 
-    def __call__(self, state: State, length, stop: StopSignal) -> bool:
+    def __call__(self, state: State, stop: StopSignal) -> bool:
         """Evaluate, log, and note the best; returns whether this is it. The same on every process.
 
         A stop in the middle ends it on all processes (``aborted``): the state is as before, and the evaluation is owed.
         """
-        recipe, accelerator = self.recipe, self.accelerator
-
-        def predict(batch: Batch) -> list[Detections]:
-            if stop.requested:
-                raise UserError("asked to stop")
-            batch = batch.to(accelerator.device, non_blocking=True)
-            with accelerator.autocast():
-                outputs = self.model(batch.images, batch.mask)
-            sizes = torch.tensor([t.orig_size_px for t in batch.targets])
-            return models.detections(
-                outputs, [t.image_id for t in batch.targets], sizes, recipe.evaluate.max_detections
-            )
-
-        metrics = self._metrics(predict, stop)
-        if metrics is None:
+        recipe = self.recipe
+        found = self._metrics(self.model, stop)
+        beside = self._metrics(self.raw, stop) if found is not None and self.raw is not None else None
+        if found is None or (self.raw is not None and beside is None):
             self.aborted = True
             return False
+        metrics, losses = found
+        extra = {f"val/{name}": value for name, value in losses.items()}
+        extra |= {f"val/train_{name}": value for name, value in self._train_loss().items() if name == "loss"}
+        if beside is not None:
+            extra |= {f"val/raw/{name}": value for name, value in {**beside[0].values, **beside[1]}.items()}
         value = metrics.values[recipe.evaluate.metric]
         # nan (nothing to score against) is never better, but the first evaluation always gives something to load
         is_best = state.metrics is None or (not math.isnan(value) and (state.best is None or value > state.best))
@@ -63,26 +63,88 @@ class Validation:
         if is_best:
             state.best, state.best_window = (None if math.isnan(value) else value), state.window
         self.sinks.evaluation(
-            metrics, window=state.window, step=state.step, epoch=state.window / length.per_epoch,
+            metrics, window=state.window, step=state.step, epoch=state.window / self.length.per_epoch,
             weights="ema" if recipe.ema.enabled else "raw", panel=self._pictures(metrics.kept),
-            classes=self.source.classes,
+            classes=self.source.classes, extra=extra,
         )  # fmt: skip
+        self._wait(state, {**metrics.values, "loss": losses.get("loss", math.nan)})
         return is_best
 
-    def _metrics(self, predict: Callable[[Batch], list[Detections]], stop: StopSignal) -> evaluate.Metrics | None:
-        """None where any process was asked to stop before the numbers were there."""
-        recipe, accelerator = self.recipe, self.accelerator
-        rank, num_ranks = accelerator.process_index, accelerator.num_processes
-        batches = data.eval_batches(
-            recipe, self.source, rank=rank, num_ranks=num_ranks, mean=self.model.mean, std=self.model.std
+    def _wait(self, state: State, values: dict[str, float]) -> None:
+        """Bring what early stopping and a schedule on a plateau wait for up to date."""
+        early, schedule = self.recipe.early_stop, self.recipe.schedule
+        if early.patience is not None:
+            patience = Patience(early.metric, early.patience, early.min_delta)
+            patience.note(state.early_stop, values[early.metric])
+        if schedule.kind == "plateau":
+            patience = Patience(schedule.metric, schedule.patience)
+            patience.note(state.plateau, values[schedule.metric])
+            if patience.over(state.plateau):
+                state.plateau.waited, state.plateau.drops = 0, state.plateau.drops + 1
+                self.sinks.say(
+                    f"schedule: no better {schedule.metric} in {schedule.patience} evaluations: the learning rate is "
+                    f"multiplied by {schedule.gamma:g} from window {state.window} on"
+                )
+
+    def over(self, state: State) -> str | None:
+        """Why the run ends here, in words, where early stopping says so."""
+        early = self.recipe.early_stop
+        if early.patience is None or not Patience(early.metric, early.patience).over(state.early_stop):
+            return None
+        if state.window < early.min_epochs * self.length.per_epoch:
+            return None
+        best, where = state.early_stop.best, f"window {state.window}, epoch {state.window / self.length.per_epoch:.4g}"
+        shown = f"{best:.4g}" if early.metric == "loss" else f"{100 * best:.1f}"
+        return (
+            f"stopped early after {where}: no better {early.metric} than {shown} in {state.early_stop.waited} "
+            "evaluations (early_stop.patience); the best weights are checkpoints/best"
         )
-        total = -(-len(self.source) // (recipe.evaluate.batch * num_ranks))
-        was_training = self.model.training
-        self.model.eval()
+
+    def _train_loss(self) -> dict[str, float]:
+        if not len(self.trained):
+            return {}
+        return set_loss.over(
+            self._batches(self.trained, keep_faults=True), self.model.eval(), self.criterion, self.accelerator
+        )
+
+    def _batches(self, source, **keep):
+        accelerator, model = self.accelerator, self.model
+        return data.eval_batches(
+            self.recipe, source, rank=accelerator.process_index, num_ranks=accelerator.num_processes, mean=model.mean,
+            std=model.std, **keep,
+        )  # fmt: skip
+
+    def _metrics(self, model: nn.Module, stop: StopSignal) -> tuple[evaluate.Metrics, dict[str, float]] | None:
+        """Metrics and losses on the validation split; None where any process was asked to stop before they were there.
+        """
+        recipe, accelerator, total_loss = self.recipe, self.accelerator, set_loss.SetLoss(self.criterion)
+
+        def predict(batch: Batch) -> list[Detections]:
+            if stop.requested:
+                raise UserError("asked to stop")
+            moved = batch.to(accelerator.device, non_blocking=True)
+            with accelerator.autocast():
+                outputs = model(moved.images, moved.mask)
+            total_loss.add(outputs, batch)
+            sizes = torch.tensor([t.orig_size_px for t in batch.targets])
+            return models.detections(
+                outputs, [t.image_id for t in batch.targets], sizes, recipe.evaluate.max_detections
+            )
+
+        metrics = self._scored(model, predict, stop)
+        return None if metrics is None else (metrics, total_loss.result())
+
+    def _scored(
+        self, model: nn.Module, predict: Callable[[Batch], list[Detections]], stop: StopSignal
+    ) -> evaluate.Metrics | None:
+        recipe, accelerator = self.recipe, self.accelerator
+        total = -(-len(self.source) // (recipe.evaluate.batch * accelerator.num_processes))
+        was_training = model.training
+        model.eval()
         try:
             with torch.inference_mode():
                 return evaluate.run(
-                    predict, self.sinks.progress(batches, total=total), ground_truth=self.truth,
+                    predict, self.sinks.progress(self._batches(self.source), total=total), ground_truth=self.truth,
                     to_category=self.to_category, gather=gather_object, broadcast=broadcast_object_list,
                     is_main=accelerator.is_main_process, max_detections=recipe.evaluate.max_detections,
                     backend=recipe.evaluate.backend, keep_images=[self.source.image_id(i) for i in self.panel],
@@ -98,7 +160,7 @@ class Validation:
                 ) from error
             raise
         finally:
-            self.model.train(was_training)
+            model.train(was_training)
 
     def _pictures(self, kept: dict[int, Detections]) -> list[tuple]:
         if not kept:  # only the main process scores

@@ -71,24 +71,32 @@ def fit(folder: Path, out: Path) -> None:
 
 
 def main(checkpoint: Path, folder: Path, out: Path) -> None:
-    from accelerate import PartialState
+    from accelerate import Accelerator
     from accelerate.utils import broadcast_object_list, gather_object
 
-    state = PartialState(cpu=True)
+    from detr_accel.train import set_loss
+
+    accelerator = Accelerator(cpu=True)
+    state = accelerator.state
     found = detector.load(checkpoint, device="cpu")
     recipe = found.recipe
     source = data.eval_source(recipe, folder, "val")
     to_category, _ = evaluate.match_classes(found.classes, source.classes)
-    batches = data.eval_batches(
-        recipe, source, rank=state.process_index, num_ranks=state.num_processes, mean=found.model.mean,
-        std=found.model.std,
-    )  # fmt: skip
+
+    def batches():
+        return data.eval_batches(
+            recipe, source, rank=state.process_index, num_ranks=state.num_processes, mean=found.model.mean,
+            std=found.model.std,
+        )  # fmt: skip
+
     metrics = evaluate.run(
-        lambda batch: found(batch, recipe.evaluate.max_detections), batches, ground_truth=source.ground_truth(),
+        lambda batch: found(batch, recipe.evaluate.max_detections), batches(), ground_truth=source.ground_truth(),
         to_category=to_category, gather=gather_object, broadcast=broadcast_object_list,
         is_main=state.is_main_process, max_detections=recipe.evaluate.max_detections, backend=recipe.evaluate.backend,
     )  # fmt: skip
-    result = {"processes": state.num_processes, "values": metrics.values, "whole": metrics.to_json()}
+    criterion = models.build_criterion(recipe, len(found.classes))
+    losses = set_loss.over(batches(), found.model, criterion, accelerator)
+    result = {"losses": losses, "processes": state.num_processes, "values": metrics.values, "whole": metrics.to_json()}
     Path(f"{out}.{state.process_index}").write_text(json.dumps(result))
     state.destroy_process_group()
 

@@ -154,6 +154,8 @@ def test_one_checkpoint_gives_the_same_numbers_on_one_process_and_on_two(tmp_pat
     values = results[0]["values"]
     assert len(values) == 12 and all(value > 0 for value in values.values()), "zeros would agree by themselves"
     assert results[0]["whole"] == results[1]["whole"] == results[2]["whole"]
+    losses = [r["losses"] for r in results]
+    assert losses[0] == losses[1] == losses[2] and losses[0]["loss"] > losses[0]["loss_ce"] > 0
     alone, _ = evaluate_checkpoint(
         tmp_path / "checkpoint", data_folder=sharded_eval.COCO_FREE, split="val", device="cpu", quiet=True
     )
