@@ -281,7 +281,7 @@ class Evaluate(Section):
     """Evaluate the trained weights too where an average is kept (logged as val/raw/...): twice the time."""
     train_images: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Training images whose loss is taken at each evaluation as that of the validation split is (no augmentation, no
-    dropout, the same weights): where the two part, the model overfits. ``auto``: 3 % of the images trained on between
+    dropout, the same weights): where the two part, the model overfits. ``auto``: 2 % of the images trained on between
     two evaluations, at most 512, about 1 % of the time. 0: none."""
 
 

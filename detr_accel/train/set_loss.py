@@ -13,7 +13,7 @@ from torch import nn
 from detr_accel.structures import Batch, UserError
 
 MOST_IMAGES = 512
-SHARE = 0.03
+SHARE = 0.02
 
 
 def num_images(wanted: int | str, trained_between: float, available: int) -> int:

@@ -83,7 +83,7 @@ def test_images_that_cannot_be_read_are_left_out(built):
 
 
 def test_how_many_training_images_are_looked_at():
-    assert num_images("auto", 4000, 4000) == 120
+    assert num_images("auto", 4000, 4000) == 80
     assert num_images("auto", 118_000, 118_287) == 512
     assert num_images("auto", 20, 5) == 1
     assert num_images(50, 20, 22) == 22 and num_images(0, 20, 22) == 0
