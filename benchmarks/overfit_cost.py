@@ -1,7 +1,7 @@
 """What watching for overfitting costs: the losses of both splits at each evaluation, as a share of the run's time.
 
     python benchmarks/overfit_cost.py --out benchmarks/results/overfit_cost.json
-    python benchmarks/overfit_cost.py --recipe benchmarks/bccd_detr.yaml data.root=... model.backbone.weights=... --out ...
+    python benchmarks/overfit_cost.py --recipe benchmarks/bccd_detr.yaml data.root=... --out ...
 
 Trains some windows, evaluates once, and times inside that evaluation the matching and losses on the validation images
 and the pass over training images. The share is of everything between two evaluations, the evaluation included.

@@ -30,7 +30,7 @@ def main() -> None:
     axes.axvspan(stop, epochs[-1], color="0.93", label="what early stopping saves")
     axes.plot(epochs, [r["val/loss"] for r in rows], color="tab:red", marker=".", label="validation images")
     axes.plot(epochs, [r["val/train_loss"] for r in rows], color="tab:blue", marker=".", label="training images")
-    axes.plot(best["epoch"], best["val/loss"], "*", color="black", markersize=13, label="best, kept as checkpoints/best")
+    axes.plot(best["epoch"], best["val/loss"], "*", color="black", markersize=13, label="best: checkpoints/best")
     axes.axvline(stop, color="black", linewidth=1, linestyle="--", label="early stopping ends the run")
     axes.set(xlabel="epoch", ylabel="loss, without augmentation and dropout", ylim=(0, None))
     axes.legend(loc="lower left", fontsize=9)
