@@ -73,7 +73,7 @@ class Classes:
 class Sample:
     """One image as its source hands it over: decoded, not yet transformed. Crowd regions are already left out."""
 
-    image: np.ndarray  # uint8 [H, W, 3], RGB
+    image: np.ndarray  # uint8 [H, W, 3], RGB; a fraction of the file's size where a smaller one was asked for
     image_id: int
     boxes_xyxy_px: np.ndarray  # float32 [N, 4]
     labels: np.ndarray  # int64 [N], contiguous

@@ -51,10 +51,10 @@ class CocoSource:
         counts = np.diff(self.table.offsets)[self._rows]
         return int(counts.max(initial=0))
 
-    def sample(self, index: int) -> Sample:
+    def sample(self, index: int, at_least_px: tuple[int, int] | None = None) -> Sample:
         size_px = self.size_px(index)
         try:
-            image = read_rgb(f"{self.folder}/{self._paths[self._rows[index]]}", size_px)
+            image = read_rgb(f"{self.folder}/{self._paths[self._rows[index]]}", size_px, at_least_px)
         except UserError as error:
             raise UserError(f"{self.table.path}: image id {self.image_id(index)}: {error}") from None
         boxes, labels = self._targets(self._rows[index], size_px)

@@ -25,7 +25,7 @@ def make_batch(source: Source, task: Task, mean: tuple[float, ...], std: tuple[f
     mask = torch.ones(len(task.indices), height, width, dtype=torch.bool)
     targets = []
     for row, (index, plan) in enumerate(zip(task.indices, task.plans, strict=True)):
-        sample = source.sample(index)
+        sample = source.sample(index, None if plan.exact else plan.needs_px)
         h, w = plan.size_px
         normalise_into(images[row, :, :h, :w], transform(sample.image, plan), mean, std)
         mask[row, :h, :w] = False

@@ -1,4 +1,9 @@
-"""Image files to uint8 RGB. Whatever cannot be read raises ``UserError`` with the reason, and never a half image."""
+"""Image files to uint8 RGB. Whatever cannot be read raises ``UserError`` with the reason, and never a half image.
+
+JPEGs are decoded by simplejpeg (libjpeg-turbo without a detour): the same pixels as Pillow in about half the time, and
+a half, a quarter or an eighth of the size in less still. Everything else, and every JPEG out of the ordinary
+(CMYK, a rotation to apply, damage), is Pillow's.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ import struct
 from pathlib import Path
 
 import numpy as np
+import simplejpeg
 from PIL import Image, ImageOps
 
 from detr_accel.structures import UserError
@@ -25,18 +31,25 @@ def header_size(path: str | Path, upright: bool = False) -> tuple[int, int]:
     return (w, h) if turned else (h, w)
 
 
-def read_rgb(path: str | Path, size_px: tuple[int, int] | None) -> np.ndarray:
+def read_rgb(
+    path: str | Path, size_px: tuple[int, int] | None, at_least_px: tuple[int, int] | None = None
+) -> np.ndarray:
     """Decode one file.
 
     Args:
         size_px: the (h, w) that the annotations speak of. Equal to the stored size: the stored pixels are used and an
             EXIF rotation is ignored, as DETR does. Equal to the size after the EXIF rotation: it is applied. None: the
             picture as a viewer shows it.
+        at_least_px: the (h, w) that it will be resized to. A JPEG at least twice as large in both directions is decoded
+            at half of its size or less, never below this.
     Returns:
-        uint8 [h, w, 3].
+        uint8 [h, w, 3], of ``size_px`` or of a fraction of it.
     Raises:
         UserError: not an image, truncated, or of another size.
     """
+    fast = None if size_px is None else _read_jpeg(path, size_px, at_least_px)
+    if fast is not None:
+        return fast
     try:
         with Image.open(path) as picture:
             stored = (picture.height, picture.width)
@@ -53,6 +66,24 @@ def read_rgb(path: str | Path, size_px: tuple[int, int] | None) -> np.ndarray:
     except _BROKEN as error:
         why = _reason(error)
         raise UserError(f"image {path} cannot be decoded: {why}; replace the file or remove its record") from None
+
+
+def _read_jpeg(path: str | Path, size_px: tuple[int, int], at_least_px: tuple[int, int] | None) -> np.ndarray | None:
+    """None where Pillow should look: no ordinary JPEG of this size, or something is wrong with it."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+        if data[:3] != b"\xff\xd8\xff":
+            return None
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if (height, width) != size_px or colours not in ("YCbCr", "Gray", "RGB"):
+            return None
+        h, w = at_least_px or size_px
+        if 2 * h > height or 2 * w > width:
+            return simplejpeg.decode_jpeg(data)
+        return simplejpeg.decode_jpeg(data, min_height=h, min_width=w)
+    except (OSError, ValueError):  # Pillow says what is wrong, or is content with it
+        return None
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

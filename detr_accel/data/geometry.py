@@ -36,6 +36,12 @@ class Plan:
     first_px: Size | None  # resize before the crop
     crop_px: tuple[int, int, int, int] | None  # top, left, height, width
     size_px: Size  # resize to what reaches the model
+    exact: bool = False  # DETR's own kernels, bit for bit; otherwise the fast ones
+
+    @property
+    def needs_px(self) -> Size:
+        """What the first resize makes of the decoded image: a decoder need not give more."""
+        return self.first_px or self.size_px
 
 
 def resized(size_px: Size, short: int, max_size: int | None) -> Size:
@@ -57,7 +63,7 @@ def resized(size_px: Size, short: int, max_size: int | None) -> Size:
 
 def eval_plan(size_px: Size, short: int, max_size: int) -> Plan:
     """Evaluation and prediction: one resize."""
-    return Plan(size_px, False, None, None, resized(size_px, short, max_size))
+    return Plan(size_px, False, None, None, resized(size_px, short, max_size), exact=True)
 
 
 def train_plan(rng: np.random.Generator, size_px: Size, policy: Augmentation) -> Plan:

@@ -67,7 +67,7 @@ class ImageFiles:
     def name(self, index: int) -> str:
         return str(self.paths[index])
 
-    def sample(self, index: int) -> Sample:
+    def sample(self, index: int, at_least_px: tuple[int, int] | None = None) -> Sample:
         none = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
         return Sample(read_rgb(self.paths[index], None), self._ids[index], *none)
 

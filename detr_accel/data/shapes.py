@@ -103,7 +103,7 @@ class ShapesSource:
         what += (self.colour_cue,)
         return hashlib.sha256(repr(what).encode()).hexdigest()
 
-    def sample(self, index: int) -> Sample:
+    def sample(self, index: int, at_least_px: tuple[int, int] | None = None) -> Sample:
         rng = seeds.generator(self.seed, self._stream, index)
         image, boxes, labels = draw(rng, self.size_px(index), self.max_objects, self.empty_fraction, self.colour_cue)
         return Sample(image, self.image_id(index), boxes, labels)

@@ -31,8 +31,12 @@ class Source(Protocol):
     def most_boxes(self) -> int:
         """The greatest number of targets in one image, without decoding."""
 
-    def sample(self, index: int) -> Sample:
-        """Decode one image. Raises UserError naming the record when that cannot be done."""
+    def sample(self, index: int, at_least_px: tuple[int, int] | None = None) -> Sample:
+        """Decode one image. Raises UserError naming the record when that cannot be done.
+
+        Args:
+            at_least_px: (h, w) that it will be resized to; it may be decoded smaller than it is, never below this.
+        """
 
     def ground_truth(self) -> dict:
         """The split as a COCO json, with the data set's own ids, crowd regions included."""
@@ -63,8 +67,8 @@ class Subset:
     def name(self, index: int) -> str:
         return self.source.name(self.indices[index])
 
-    def sample(self, index: int) -> Sample:
-        return self.source.sample(self.indices[index])
+    def sample(self, index: int, at_least_px: tuple[int, int] | None = None) -> Sample:
+        return self.source.sample(self.indices[index], at_least_px)
 
     def most_boxes(self) -> int:
         return self.source.most_boxes()

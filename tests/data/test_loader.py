@@ -128,7 +128,7 @@ class Broken:
     def __len__(self):
         return len(self._source)
 
-    def sample(self, index):
+    def sample(self, index, at_least_px=None):
         if index == 7:
             self._act()
         return self._source.sample(index)

@@ -1,0 +1,84 @@
+"""Decoding: the fast path gives Pillow's pixels, or a smaller picture of the same; Pillow judges what is odd."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from detr_accel.data.decode import _read_jpeg, read_rgb
+from detr_accel.structures import UserError
+
+COCO_FREE = Path(__file__).parents[3] / "shared/data/coco_free/train"
+
+
+def photo(h: int, w: int, seed: int = 0) -> Image.Image:
+    """Smooth, as photographs are."""
+    noise = np.random.default_rng(seed).integers(0, 256, (h // 16 + 2, w // 16 + 2, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((w, h), Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(1))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_the_fast_path_gives_the_same_pixels_as_pillow(tmp_path, mode, subsampling, progressive):
+    path = tmp_path / "a.jpg"
+    photo(75, 101).convert(mode).save(path, subsampling=subsampling, progressive=progressive, quality=87)
+    assert _read_jpeg(path, (75, 101), None) is not None, "it is taken"
+    assert np.array_equal(read_rgb(path, (75, 101)), np.array(Image.open(path).convert("RGB")))
+
+
+@pytest.mark.skipif(not COCO_FREE.is_dir(), reason=f"{COCO_FREE} is absent")
+def test_real_photographs_come_out_the_same():
+    files = sorted(COCO_FREE.glob("*.jpg"))
+    assert len(files) > 50
+    for path in files:
+        with Image.open(path) as picture:
+            assert np.array_equal(read_rgb(path, (picture.height, picture.width)), np.array(picture.convert("RGB")))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "decoded"),
+    [((400, 600), (400, 600)), ((401, 600), (800, 1200)), ((399, 601), (800, 1200)), ((150, 200), (200, 300)),
+     ((99, 149), (100, 150)), ((1, 1), (100, 150)), ((900, 1400), (800, 1200))],
+)  # fmt: skip
+def test_a_large_jpeg_is_decoded_no_larger_than_it_must_be(tmp_path, wanted, decoded):
+    path = tmp_path / "a.jpg"
+    photo(800, 1200).save(path, quality=92)
+    small = read_rgb(path, (800, 1200), wanted)
+    assert small.shape == (*decoded, 3)
+    whole = Image.open(path).convert("RGB").resize(decoded[::-1], Image.Resampling.BOX)
+    assert np.abs(small.astype(int) - np.array(whole)).mean() < 1.0, "the same picture, not shifted"
+
+
+def test_a_rotation_is_pillows(tmp_path):
+    path = tmp_path / "a.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo(40, 60).save(path, exif=exif)
+    assert read_rgb(path, (40, 60), (5, 5)).shape[1] > read_rgb(path, (40, 60), (5, 5)).shape[0], "stored pixels"
+    assert read_rgb(path, (60, 40), (5, 5)).shape == (60, 40, 3)
+    assert read_rgb(path, None).shape == (60, 40, 3)
+
+
+def test_what_is_damaged_is_refused_as_before(tmp_path):
+    stream = io.BytesIO()
+    photo(64, 64).save(stream, "JPEG")
+    whole = stream.getvalue()
+    path = tmp_path / "cut.jpg"
+    for length in (3, 20, 200, len(whole) // 2, len(whole) - 40):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="cut.jpg cannot be decoded"):
+            read_rgb(path, (64, 64), (10, 10))
+    path.write_bytes(whole)
+    with pytest.raises(UserError, match="its record says 63x64"):
+        read_rgb(path, (64, 63))
+
+
+def test_ink_and_other_formats_are_pillows(tmp_path):
+    photo(30, 40).convert("CMYK").save(tmp_path / "ink.jpg")
+    photo(30, 40).save(tmp_path / "named.jpg", "PNG")
+    assert _read_jpeg(tmp_path / "ink.jpg", (30, 40), None) is None
+    assert read_rgb(tmp_path / "ink.jpg", (30, 40)).shape == (30, 40, 3)
+    assert np.array_equal(read_rgb(tmp_path / "named.jpg", (30, 40)), np.array(photo(30, 40)))
