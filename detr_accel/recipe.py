@@ -93,6 +93,9 @@ class Data(Section):
     """Loader processes per training process. 0 reads in the training process itself."""
     prefetch: Positive = 2
     """Micro-batches that each worker keeps ready."""
+    pixels: Literal["auto", "workers", "device"] = "auto"
+    """Where training images are resized and normalised. ``device``: on the training device, so that workers only read
+    and decode. ``auto``: there on a GPU, else in the workers."""
     augment: Augment = Augment()
     """Training geometry."""
     eval_size: Positive = 800

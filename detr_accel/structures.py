@@ -126,6 +126,10 @@ class Batch:
             targets=[t.to(device, non_blocking) for t in self.targets],
         )
 
+    def share_memory_(self) -> None:
+        self.images.share_memory_()
+        self.mask.share_memory_()
+
     def pin_memory(self) -> Batch:
         return replace(self, images=self.images.pin_memory(), mask=self.mask.pin_memory())
 

@@ -12,6 +12,7 @@ import torch
 from detr_accel.data import coco_json, layout, loader
 from detr_accel.data import source as seeds
 from detr_accel.data.coco import CocoSource, classes_like, classes_of
+from detr_accel.data.device import PlannedBatch, ahead
 from detr_accel.data.geometry import Augmentation, worst_canvas
 from detr_accel.data.images import ImageFiles
 from detr_accel.data.loader import worker_death
@@ -22,8 +23,8 @@ from detr_accel.recipe import Recipe
 from detr_accel.structures import Batch, Classes, UserError
 
 __all__ = [
-    "ImageFiles", "Source", "Splits", "Subset", "build", "describe", "eval_batches", "eval_source", "share",
-    "train_windows", "windows_per_epoch", "worker_death", "worst_window",
+    "ImageFiles", "PlannedBatch", "Source", "Splits", "Subset", "build", "describe", "eval_batches", "eval_source",
+    "share", "train_windows", "windows_per_epoch", "worker_death", "worst_window",
 ]  # fmt: skip
 
 
@@ -213,6 +214,7 @@ def train_windows(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     micro: int | None = None,
+    device: torch.device | str = "cpu",
 ) -> Iterator[list[Batch]]:
     """This rank's micro-batches of each window in [start_window, end_window).
 
@@ -222,12 +224,17 @@ def train_windows(
         start_window: windows already trained; any value continues exactly there.
         mean, std: of the model's backbone, three numbers on the 0..1 scale.
         micro: images per micro-batch, where ``batch.micro`` leaves it open.
+        device: where the batches will be used; with ``data.pixels`` there, they come as PlannedBatch, and on a GPU
+            their copy is under way.
     Raises:
         UserError: from ``next``: a record is broken, or a worker was ended from outside.
     """
     size, micro = recipe.batch.size, recipe.batch.micro if micro is None else micro
     tasks = TrainTasks(source, _policy(recipe), size, micro, recipe.seed, rank, num_ranks, start_window, end_window)
-    return loader.windows(loader.batches(source, tasks, **_loading(recipe, mean, std)), tasks)
+    device = torch.device(device)
+    there = recipe.data.pixels == "device" or (recipe.data.pixels == "auto" and device.type == "cuda")
+    stream = loader.batches(source, tasks, **_loading(recipe, mean, std), on_device=there)
+    return ahead(loader.windows(stream, tasks), device)
 
 
 def worst_window(recipe: Recipe, source: Source) -> tuple[tuple[int, int], int]:

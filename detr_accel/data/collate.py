@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from detr_accel.data.device import PlannedBatch
 from detr_accel.data.geometry import Plan, apply_boxes
 from detr_accel.data.pixels import normalise_into, transform
 from detr_accel.data.sampler import Task
@@ -31,6 +32,17 @@ def make_batch(source: Source, task: Task, mean: tuple[float, ...], std: tuple[f
         mask[row, :h, :w] = False
         targets.append(_targets(sample, plan))
     return Batch(images, mask, targets, task.positions, task.window, task.epoch)
+
+
+def plan_batch(source: Source, task: Task, mean: tuple[float, ...], std: tuple[float, ...]) -> PlannedBatch:
+    """As ``make_batch``, decoded only: the pixels are worked on where the batch is moved to."""
+    samples = [source.sample(i, None if p.exact else p.needs_px) for i, p in zip(task.indices, task.plans, strict=True)]
+    images = [torch.from_numpy(s.image) for s in samples]
+    return PlannedBatch(
+        torch.cat([i.reshape(-1) for i in images]), tuple(tuple(i.shape[:2]) for i in images), task.plans,
+        task.canvas_px, mean, std, [_targets(s, p) for s, p in zip(samples, task.plans, strict=True)], task.positions,
+        task.window, task.epoch,
+    )  # fmt: skip
 
 
 def _targets(sample: Sample, plan: Plan) -> Targets:

@@ -11,7 +11,8 @@ from multiprocessing import connection
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from detr_accel.data.collate import make_batch
+from detr_accel.data.collate import make_batch, plan_batch
+from detr_accel.data.device import PlannedBatch
 from detr_accel.data.sampler import Task, TrainTasks
 from detr_accel.data.source import Source
 from detr_accel.structures import Batch, UserError
@@ -26,16 +27,16 @@ _GRACE_SECONDS = 30
 class _Tasks(Dataset):
     """A task goes in, a batch comes out; a user's mistake comes out as its sentence, not as a worker's traceback."""
 
-    def __init__(self, source: Source, mean: tuple[float, ...], std: tuple[float, ...]):
+    def __init__(self, source: Source, mean: tuple[float, ...], std: tuple[float, ...], on_device: bool):
         self.source, self.mean, self.std = source, mean, std
+        self.make = plan_batch if on_device else make_batch
 
-    def __getitem__(self, task: Task) -> Batch | UserError:
+    def __getitem__(self, task: Task) -> Batch | PlannedBatch | UserError:
         try:
-            batch = make_batch(self.source, task, self.mean, self.std)
+            batch = self.make(self.source, task, self.mean, self.std)
             if get_worker_info() is not None:
                 # The move is due anyway; left to the queue's own thread, a full /dev/shm would be an endless wait.
-                batch.images.share_memory_()
-                batch.mask.share_memory_()
+                batch.share_memory_()
             return batch
         except UserError as error:
             return error
@@ -82,7 +83,8 @@ def batches(
     prefetch: int = 2,
     pin_memory: bool = False,
     keep_faults: bool = False,
-) -> Iterator[Batch | UserError]:
+    on_device: bool = False,
+) -> Iterator[Batch | PlannedBatch | UserError]:
     """One batch for each task, in the order of the tasks.
 
     Closing the iterator ends the workers. The global random generators are neither read nor moved.
@@ -92,11 +94,12 @@ def batches(
         prefetch: tasks that each worker keeps ready.
         pin_memory: page-locked batches, for asynchronous copies to a GPU.
         keep_faults: yield the error of a broken record in the place of its batch, and go on.
+        on_device: hand over decoded images with their plans; ``to`` makes the batch of them.
     Raises:
         UserError: a record is broken, or the operating system ended a worker.
     """
     loader = DataLoader(
-        _Tasks(source, mean, std),
+        _Tasks(source, mean, std, on_device),
         sampler=tasks,
         batch_size=None,
         num_workers=workers,

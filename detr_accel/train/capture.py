@@ -58,7 +58,9 @@ class Captures:
             return None
         suspects = self._suspects(result, micro_batches)
         try:
-            rows = _write_batches(temporary, accelerator.process_index, suspects, room / accelerator.num_processes)
+            rows = _write_batches(
+                temporary, accelerator.process_index, accelerator.device, suspects, room / accelerator.num_processes
+            )
         except (OSError, SafetensorError):
             rows = []
         rows = [self._named(row) for row in rows]
@@ -120,11 +122,14 @@ def names_of(source: data.Source, image_ids: Sequence[int]) -> dict[int, str]:
     return {source.image_id(i): source.name(i) for i in indices if source.image_id(i) in wanted}
 
 
-def _write_batches(folder: Path, rank: int, batches: list[Batch], room: float) -> list[dict[str, Any]]:
+def _write_batches(
+    folder: Path, rank: int, device: torch.device, batches: list[Batch], room: float
+) -> list[dict[str, Any]]:
     """Each micro-batch to a file of its own, as long as there is room; the rows that describe them."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for number, batch in enumerate(batches):
+        batch = batch.to(device)  # a planned one has no pixels before
         size = batch.images.numel() * batch.images.element_size() + batch.mask.numel()
         row = {
             "file": f"rank{rank}-{number:03d}.safetensors" if size <= room else None, "rank": rank,

@@ -122,7 +122,7 @@ def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal
     windows = data.train_windows(
         recipe, train_split, rank=accelerator.process_index, num_ranks=accelerator.num_processes,
         start_window=state.window, end_window=built.length.total, mean=built.bare.mean, std=built.bare.std,
-        micro=state.micro,
+        micro=state.micro, device=accelerator.device,
     )  # fmt: skip
     for micro_batches, wait_seconds, failure in _timed(windows):
         begun = time.perf_counter()
