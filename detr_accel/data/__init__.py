@@ -16,7 +16,7 @@ from detr_accel.data.device import PlannedBatch, ahead
 from detr_accel.data.geometry import Augmentation, worst_canvas
 from detr_accel.data.images import ImageFiles
 from detr_accel.data.loader import worker_death
-from detr_accel.data.sampler import EvalTasks, TrainTasks, share, windows_per_epoch
+from detr_accel.data.sampler import EvalTasks, TrainTasks, shapes_of, share, windows_per_epoch
 from detr_accel.data.shapes import ShapesSource
 from detr_accel.data.source import Source, Subset
 from detr_accel.recipe import Recipe
@@ -230,7 +230,10 @@ def train_windows(
         UserError: from ``next``: a record is broken, or a worker was ended from outside.
     """
     size, micro = recipe.batch.size, recipe.batch.micro if micro is None else micro
-    tasks = TrainTasks(source, _policy(recipe), size, micro, recipe.seed, rank, num_ranks, start_window, end_window)
+    tasks = TrainTasks(
+        source, _policy(recipe), size, micro, recipe.seed, rank, num_ranks, start_window, end_window,
+        shapes_of(source) if recipe.data.group_by_shape else None,
+    )  # fmt: skip
     device = torch.device(device)
     there = recipe.data.pixels == "device" or (recipe.data.pixels == "auto" and device.type == "cuda")
     stream = loader.batches(source, tasks, **_loading(recipe, mean, std), on_device=there)
@@ -245,7 +248,9 @@ def worst_window(recipe: Recipe, source: Source) -> tuple[tuple[int, int], int]:
 
 def _policy(recipe: Recipe) -> Augmentation:
     a = recipe.data.augment
-    return Augmentation(a.flip, tuple(a.scales), a.max_size, a.crop, tuple(a.crop_scales), tuple(a.crop_size))
+    return Augmentation(
+        a.flip, tuple(a.scales), a.max_size, a.crop, tuple(a.crop_scales), tuple(a.crop_size), a.scale_by
+    )
 
 
 def eval_batches(

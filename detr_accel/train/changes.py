@@ -24,6 +24,7 @@ RULES = {
     "data.train_annotations": SAFE,
     "data.val_images": SAFE,
     "data.val_annotations": SAFE,
+    "data.group_by_shape": FORBIDDEN,  # another sample order
     "data.val_fraction": FORBIDDEN,  # the split is saved with the run
     "data.workers": SAFE,
     "data.prefetch": SAFE,
