@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from detr_accel.data import coco_json, layout, loader
+from detr_accel.data import cache, coco_json, layout, loader
 from detr_accel.data import source as seeds
 from detr_accel.data.coco import CocoSource, classes_like, classes_of
 from detr_accel.data.device import PlannedBatch, ahead
-from detr_accel.data.geometry import Augmentation, worst_canvas
+from detr_accel.data.geometry import Augmentation, largest_first, resized, worst_canvas
 from detr_accel.data.images import ImageFiles
 from detr_accel.data.loader import worker_death
 from detr_accel.data.sampler import EvalTasks, TrainTasks, shapes_of, share, windows_per_epoch
@@ -24,7 +24,8 @@ from detr_accel.structures import Batch, Classes, UserError
 
 __all__ = [
     "ImageFiles", "PlannedBatch", "Source", "Splits", "Subset", "build", "describe", "eval_batches", "eval_source",
-    "share", "train_windows", "windows_per_epoch", "worker_death", "worst_window",
+    "share", "train_windows", "windows_per_epoch", "worker_death", "with_cache",
+    "worst_window",
 ]  # fmt: skip
 
 
@@ -238,6 +239,35 @@ def train_windows(
     there = recipe.data.pixels == "device" or (recipe.data.pixels == "auto" and device.type == "cuda")
     stream = loader.batches(source, tasks, **_loading(recipe, mean, std), on_device=there)
     return ahead(loader.windows(stream, tasks), device)
+
+
+def with_cache(recipe: Recipe, splits: Splits, quiet: bool = False) -> Splits:
+    """The same splits with their images in a cache, where the recipe asks for one; built first where it is not there.
+
+    Raises:
+        UserError: no room for it.
+    """
+    d = recipe.data
+    if d.cache == "none":
+        return splits
+    from tqdm import tqdm
+
+    policy = _policy(recipe)
+
+    def progress(items, total):
+        return tqdm(items, "cache", total, disable=True if quiet else None, leave=False, delay=2)
+
+    folder = Path(d.cache_folder or "~/.cache/detr_accel")
+    train, one = cache.cached(
+        splits.train, d.cache, folder, lambda size: largest_first(size, policy), exact=False,
+        settings=("train", policy.scales, policy.max_size, policy.crop > 0, policy.crop_scales), workers=d.workers,
+        progress=progress,
+    )  # fmt: skip
+    val, two = cache.cached(
+        splits.val, d.cache, folder, lambda size: resized(size, d.eval_size, d.eval_max_size), exact=True,
+        settings=("val", d.eval_size, d.eval_max_size), workers=d.workers, progress=progress,
+    )  # fmt: skip
+    return replace(splits, train=train, val=val, found=[*splits.found, one, two])
 
 
 def worst_window(recipe: Recipe, source: Source) -> tuple[tuple[int, int], int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -100,6 +101,17 @@ class CocoSource:
             digest.update(np.ascontiguousarray(array).tobytes())
         for i in range(len(self)):
             digest.update(self.name(i).encode("utf-8", "surrogateescape") + b"\0")
+        return digest.hexdigest()
+
+    def stamp(self) -> str:
+        """sha256 over size and time of change of every file: another one where pixels may have changed."""
+        digest = hashlib.sha256()
+        for row in self._rows:
+            try:
+                found = os.stat(f"{self.folder}/{self._paths[row]}")
+                digest.update(f"{found.st_size} {found.st_mtime_ns}\n".encode())
+            except OSError:
+                digest.update(b"gone\n")
         return digest.hexdigest()
 
     def subset(self, rows: Sequence[int] | np.ndarray) -> CocoSource:
