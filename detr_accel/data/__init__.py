@@ -12,6 +12,7 @@ import torch
 from detr_accel.data import cache, coco_json, layout, loader
 from detr_accel.data import source as seeds
 from detr_accel.data.coco import CocoSource, classes_like, classes_of
+from detr_accel.data.cost import ImageCost, image_cost
 from detr_accel.data.device import PlannedBatch, ahead
 from detr_accel.data.geometry import Augmentation, largest_first, resized, worst_canvas
 from detr_accel.data.images import ImageFiles
@@ -23,8 +24,8 @@ from detr_accel.recipe import Recipe
 from detr_accel.structures import Batch, Classes, UserError
 
 __all__ = [
-    "ImageFiles", "PlannedBatch", "Source", "Splits", "Subset", "build", "describe", "eval_batches", "eval_source",
-    "share", "train_windows", "windows_per_epoch", "worker_death", "with_cache",
+    "ImageCost", "ImageFiles", "PlannedBatch", "Source", "Splits", "Subset", "build", "cost", "describe",
+    "eval_batches", "eval_source", "share", "train_windows", "windows_per_epoch", "with_cache", "worker_death",
     "worst_window",
 ]  # fmt: skip
 
@@ -236,8 +237,7 @@ def train_windows(
         shapes_of(source) if recipe.data.group_by_shape else None,
     )  # fmt: skip
     device = torch.device(device)
-    there = recipe.data.pixels == "device" or (recipe.data.pixels == "auto" and device.type == "cuda")
-    stream = loader.batches(source, tasks, **_loading(recipe, mean, std), on_device=there)
+    stream = loader.batches(source, tasks, **_loading(recipe, mean, std), on_device=_on_device(recipe, device))
     return ahead(loader.windows(stream, tasks), device)
 
 
@@ -268,6 +268,16 @@ def with_cache(recipe: Recipe, splits: Splits, quiet: bool = False) -> Splits:
         settings=("val", d.eval_size, d.eval_max_size), workers=d.workers, progress=progress,
     )  # fmt: skip
     return replace(splits, train=train, val=val, found=[*splits.found, one, two])
+
+
+def cost(recipe: Recipe, source: Source, mean: tuple[float, ...], std: tuple[float, ...], device) -> ImageCost:
+    """What a loader process spends on a training image."""
+    tasks = TrainTasks(source, _policy(recipe), 4, 4, recipe.seed, 0, 1, 0, min(12, windows_per_epoch(len(source), 4)))
+    return image_cost(tasks, mean, std, _on_device(recipe, torch.device(device)))
+
+
+def _on_device(recipe: Recipe, device: torch.device) -> bool:
+    return recipe.data.pixels == "device" or (recipe.data.pixels == "auto" and device.type == "cuda")
 
 
 def worst_window(recipe: Recipe, source: Source) -> tuple[tuple[int, int], int]:

@@ -48,6 +48,9 @@ class CocoSource:
     def name(self, index: int) -> str:
         return self.table.file_names[self._rows[index]]
 
+    def file(self, index: int) -> str:
+        return f"{self.folder}/{self._paths[self._rows[index]]}"
+
     def most_boxes(self) -> int:
         counts = np.diff(self.table.offsets)[self._rows]
         return int(counts.max(initial=0))
@@ -55,7 +58,7 @@ class CocoSource:
     def sample(self, index: int, at_least_px: tuple[int, int] | None = None) -> Sample:
         size_px = self.size_px(index)
         try:
-            image = read_rgb(f"{self.folder}/{self._paths[self._rows[index]]}", size_px, at_least_px)
+            image = read_rgb(self.file(index), size_px, at_least_px)
         except UserError as error:
             raise UserError(f"{self.table.path}: image id {self.image_id(index)}: {error}") from None
         boxes, labels = self._targets(self._rows[index], size_px)
