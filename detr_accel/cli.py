@@ -101,6 +101,10 @@ def _parser() -> argparse.ArgumentParser:
         "--branch", type=Path, metavar="RUN", help="begin from the last checkpoint of another run, as a run of its own"
     )
 
+    p = verb("start", _start, "write a first recipe for a data set, each line with its reason")
+    p.add_argument("folder", type=Path, help="a COCO folder")
+    p.add_argument("--out", type=Path, help="the recipe (default: NAME.yaml here, NAME being the folder's)")
+
     p = verb("eval", _eval, "COCO metrics of a run or checkpoint")
     p.add_argument("model", help="run, checkpoint, model folder, .pth or .safetensors")
     p.add_argument("--split", choices=["train", "val", "test"], help="default: val, or the only one in --data")
@@ -167,6 +171,23 @@ def _train(args, overrides) -> int:
     resume = "auto" if args.resume == "auto" else args.resume == "yes"
     train(recipes.load(args.recipe, overrides), runs=args.runs, resume=resume, branch=args.branch)
     launch.leave()
+    return 0
+
+
+def _start(args, _) -> int:
+    import re
+
+    from detr_accel import data
+
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", args.out.stem if args.out else args.folder.resolve().name).strip("-._")
+    out = args.out or Path(f"{name or 'first'}.yaml")
+    if out.exists():
+        raise UserError(f"{out} is already there: remove it, or choose another with --out")
+    text, found = data.first_recipe_for(args.folder, name or "first")
+    recipes.loads(text, str(out))
+    with writing(out):
+        out.write_text(text, encoding="utf-8")
+    print("\n".join([*found, f"wrote {out}:", "", text]))
     return 0
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from detr_accel.data import cache, coco_json, layout, loader
+from detr_accel.data import cache, coco_json, first_recipe, layout, loader
 from detr_accel.data import source as seeds
 from detr_accel.data.coco import CocoSource, classes_like, classes_of
 from detr_accel.data.cost import ImageCost, image_cost
@@ -25,7 +25,8 @@ from detr_accel.structures import Batch, Classes, UserError
 
 __all__ = [
     "ImageCost", "ImageFiles", "PlannedBatch", "Source", "Splits", "Subset", "build", "cost", "describe",
-    "eval_batches", "eval_source", "share", "train_windows", "windows_per_epoch", "with_cache", "worker_death",
+    "eval_batches", "eval_source",
+    "first_recipe_for", "share", "train_windows", "windows_per_epoch", "with_cache", "worker_death",
     "worst_window",
 ]  # fmt: skip
 
@@ -239,6 +240,16 @@ def train_windows(
     device = torch.device(device)
     stream = loader.batches(source, tasks, **_loading(recipe, mean, std), on_device=_on_device(recipe, device))
     return ahead(loader.windows(stream, tasks), device)
+
+
+def first_recipe_for(root: Path, name: str) -> tuple[str, list[str]]:
+    """A recipe for a COCO folder, and what was found in it.
+
+    Raises:
+        UserError: as in ``build``.
+    """
+    splits = build(Recipe.model_validate({"data": {"root": str(root)}}))
+    return first_recipe.write(first_recipe.facts(splits.train, splits.val), name, str(root)), splits.found
 
 
 def with_cache(recipe: Recipe, splits: Splits, quiet: bool = False) -> Splits:
