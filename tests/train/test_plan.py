@@ -269,7 +269,7 @@ def test_the_exit_code_is_the_answer(tmp_path, capsys):
     assert (found["devices"], found["device"], found["micro"], found["accumulation"]) == (2, "cpu", 4, 1)
     assert sum(found["components_gib"].values()) == pytest.approx(found["peak_gib"])
     assert found["peak_gib"] == max(found["moments_gib"].values()) == found["moments_gib"][found["peak_moment"]]
-    assert cli.main(["plan", str(path), "--memory", "923MiB"]) == 1
+    assert cli.main(["plan", str(path), "--memory", f"{plan.CPU_GIB * 1024 + 1}MiB"]) == 1
     out = capsys.readouterr().out
     assert "does not fit, even with every lever" in out and "would do" in out
 
