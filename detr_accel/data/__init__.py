@@ -14,7 +14,7 @@ from detr_accel.data import source as seeds
 from detr_accel.data.coco import CocoSource, classes_like, classes_of
 from detr_accel.data.cost import ImageCost, image_cost
 from detr_accel.data.device import PlannedBatch, ahead
-from detr_accel.data.geometry import Augmentation, largest_first, resized, worst_canvas
+from detr_accel.data.geometry import Augmentation, eval_plan, largest_first, resized, worst_canvas
 from detr_accel.data.images import ImageFiles
 from detr_accel.data.loader import worker_death
 from detr_accel.data.sampler import EvalTasks, TrainTasks, shapes_of, share, windows_per_epoch
@@ -24,10 +24,9 @@ from detr_accel.recipe import Recipe
 from detr_accel.structures import Batch, Classes, UserError
 
 __all__ = [
-    "ImageCost", "ImageFiles", "PlannedBatch", "Source", "Splits", "Subset", "build", "cost", "describe",
-    "eval_batches", "eval_source",
-    "first_recipe_for", "share", "train_windows", "windows_per_epoch", "with_cache", "worker_death",
-    "worst_window",
+    "Demands", "ImageCost", "ImageFiles", "PlannedBatch", "Source", "Splits", "Subset", "build", "cost", "demands",
+    "describe", "eval_batches", "eval_source", "first_recipe_for", "is_there", "share", "train_windows",
+    "windows_per_epoch", "with_cache", "worker_death", "worst_window",
 ]  # fmt: skip
 
 
@@ -293,8 +292,53 @@ def _on_device(recipe: Recipe, device: torch.device) -> bool:
 
 def worst_window(recipe: Recipe, source: Source) -> tuple[tuple[int, int], int]:
     """What the most demanding window can hold: canvas (h, w) in pixels, and boxes in one image. Nothing is decoded."""
-    sizes = (source.size_px(i) for i in range(len(source)))
-    return worst_canvas(sizes, _policy(recipe)), source.most_boxes()
+    return worst_canvas(_sizes(source), _policy(recipe)), source.most_boxes()
+
+
+@dataclass(frozen=True)
+class Demands:
+    """The largest shapes that a recipe's data can bring. Sizes are (h, w) in pixels."""
+
+    canvas_px: tuple[int, int]  # of a training window
+    most_boxes: int  # in one training image
+    eval_canvas_px: tuple[int, int]
+    num_classes: int
+    num_images: int | None  # in the training split; None: not known
+    assumed: bool  # the data were not there, so these are what any data could bring
+
+
+def is_there(recipe: Recipe) -> bool:
+    """Whether there is a data set to look at; one that is broken counts as there, and is refused when it is opened."""
+    d = recipe.data
+    if d.format != "coco":
+        return True
+    root = Path(d.root).expanduser() if d.root is not None else Path()
+    return root.exists() if d.train_annotations is None else (root / Path(d.train_annotations).expanduser()).exists()
+
+
+def demands(recipe: Recipe, splits: Splits | None) -> Demands:
+    """
+    Args:
+        splits: of ``build``; None: the data are not there. Then every image may have any shape, so that a window's
+            canvas is ``max_size`` both ways, and one has as many boxes as there are queries; there are COCO's 80
+            classes.
+    """
+    a, d = recipe.data.augment, recipe.data
+    if splits is None:
+        long = d.eval_max_size
+        eval_canvas = (long, long) if recipe.evaluate.batch > 1 else (min(d.eval_size, long), long)
+        return Demands((a.max_size, a.max_size), recipe.model.num_queries, eval_canvas, 80, None, True)
+    canvas, most_boxes = worst_window(recipe, splits.train)
+    sizes = [eval_plan(s, d.eval_size, d.eval_max_size).size_px for s in {*_sizes(splits.val)}]
+    if recipe.evaluate.batch > 1:
+        eval_canvas = max(h for h, _ in sizes), max(w for _, w in sizes)
+    else:
+        eval_canvas = max(sizes, key=lambda size: size[0] * size[1])
+    return Demands(canvas, most_boxes, eval_canvas, len(splits.train.classes), len(splits.train), False)
+
+
+def _sizes(source: Source) -> Iterator[tuple[int, int]]:
+    return (source.size_px(i) for i in range(len(source)))
 
 
 def _policy(recipe: Recipe) -> Augmentation:
