@@ -57,15 +57,15 @@ class CocoSource:
             image = read_rgb(f"{self.folder}/{self._paths[self._rows[index]]}", size_px)
         except UserError as error:
             raise UserError(f"{self.table.path}: image id {self.image_id(index)}: {error}") from None
-        boxes, labels = self._targets(self._rows[index], size_px)
-        return Sample(image, self.image_id(index), boxes, labels)
+        boxes, labels, num_cut = self._targets(self._rows[index], size_px)
+        return Sample(image, self.image_id(index), boxes, labels, num_cut)
 
-    def _targets(self, row: int, size_px: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        """DETR's order: crowd out, corners, clip to the image, keep what has width and height."""
+    def _targets(self, row: int, size_px: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, int]:
+        """DETR's order: crowd out, corners, clip to the image, keep what has width and height; how many ran out."""
         of_image = np.arange(self.table.offsets[row], self.table.offsets[row + 1])
         of_image = of_image[~self.table.crowd[of_image]]
         boxes, keep = _clip(self.table.boxes_xywh_px[of_image], np.array(size_px))
-        return boxes[keep], self._labels[of_image[keep]]
+        return boxes[keep], self._labels[of_image[keep]], _num_cut(self.table.boxes_xywh_px[of_image], size_px)
 
     def ground_truth(self) -> dict:
         t = self.table
@@ -146,6 +146,14 @@ def _clip(boxes_xywh_px: np.ndarray, sizes_px: np.ndarray) -> tuple[np.ndarray, 
         w, h = sizes_px[..., 1], sizes_px[..., 0]
         boxes = np.clip(boxes, 0, np.stack((w, h, w, h), -1).astype(np.float32))
         return boxes, (boxes[:, 2:] > boxes[:, :2]).all(1)
+
+
+def _num_cut(boxes_xywh_px: np.ndarray, size_px: tuple[int, int]) -> int:
+    """Boxes [N, 4] that end outside their image (h, w) by more than a hundredth of it, which is not rounding."""
+    h, w = size_px
+    x, y, width, height = boxes_xywh_px.T
+    outside = (x < -0.01 * w) | (y < -0.01 * h) | (x + width > 1.01 * w) | (y + height > 1.01 * h)
+    return int(outside.sum())
 
 
 def _ramps(counts: np.ndarray) -> np.ndarray:
