@@ -23,7 +23,9 @@ runs = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(runs)
 ROOT = runs.ROOT
 
-TEXTS = ["README.md", "docs/own-data.md", "docs/nan.md", "docs/out-of-memory.md", "docs/resume.md"]
+TEXTS = [
+    "README.md", "docs/own-data.md", "docs/nan.md", "docs/not-learning.md", "docs/out-of-memory.md", "docs/resume.md",
+]  # fmt: skip
 NOT_RUN = {
     "make train": "installs the whole environment; .ci/run does",
     "make test": "this is it",

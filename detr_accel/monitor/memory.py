@@ -58,6 +58,13 @@ _CGROUP_FILES = (
 )
 
 
+def taken_fraction(device: torch.device) -> float:
+    """How much of all memory is taken, 0..1: of a GPU by this process's allocator, or of the machine by everything."""
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device) / torch.cuda.get_device_properties(device).total_memory
+    return 1 - free_bytes(device) / psutil.virtual_memory().total
+
+
 def reserved_gib(device: torch.device | str) -> float | None:
     """Most memory that the allocator took from a GPU, in GiB: what other programs see. None without a GPU."""
     if torch.device(device).type == "cuda":

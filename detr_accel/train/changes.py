@@ -50,6 +50,7 @@ RULES = {
     "evaluate.metric": BRANCHING,  # "best so far" would compare two metrics
     "checkpoint": SAFE,
     "health": SAFE,
+    "alarms": SAFE,
     "log": SAFE,
     "dist": SAFE,
 }

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from detr_accel.monitor.alarms import Memory
 from detr_accel.structures import UserError
 from detr_accel.train.ema import Ema
 from detr_accel.train.health import HealthState
@@ -54,10 +55,12 @@ class State:
     anchor: str | None = None  # the folder that a rollback goes back to: the last checkpoint that came by counting
     parent: str | None = None  # the checkpoint that this run branched off
     health: HealthState = field(default_factory=HealthState)
+    alarms: Memory = field(default_factory=Memory)
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> State:
-        return cls(**{**row, "health": HealthState(**row.get("health", {}))})
+        health, alarms = HealthState(**row.get("health", {})), Memory(**row.get("alarms", {}))
+        return cls(**{**row, "health": health, "alarms": alarms})
 
 
 def save(

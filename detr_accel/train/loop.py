@@ -24,6 +24,7 @@ from detr_accel.train.agree import everywhere, on_main
 from detr_accel.train.capture import Captures
 from detr_accel.train.checkpoint import State
 from detr_accel.train.commit import Commit
+from detr_accel.train.lost import Roll
 from detr_accel.train.optim import set_lr
 from detr_accel.train.parts import Length, Parts
 from detr_accel.train.run_folder import RunFolder, write_atomic
@@ -87,7 +88,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, run: RunFolder, resume: boo
             recipe, run.path, accelerator, total_windows=built.length.total, windows_per_epoch=built.length.per_epoch,
             start_window=state.window, fingerprint=fingerprints, wandb_run_id=state.wandb_run_id, parent=state.parent,
         )  # fmt: skip
-        with sinks:
+        with sinks, Roll(accelerator, recipe.dist.timeout_minutes).watch(sinks, run, state):
             for line in [*splits.found, *built.loaded, *notes, launch.describe(accelerator), arithmetic]:
                 sinks.say(line)
             finished = _windows(built, run, state, sinks, stop)
@@ -139,6 +140,7 @@ def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal
         accepted = turn.commit(state, result, micro_batches)
         stats = _stats(result, state, built.length, lr, accepted, time.perf_counter() - begun, wait_seconds)
         sinks.tick(stats)
+        turn.judge(stats)
         if state.window % recipe.log.every == 0 or state.window == built.length.total or not result.finite:
             sinks.log(stats)
         if not turn.after(result):
@@ -155,6 +157,7 @@ class _Turn:
         self.validate = validation.Validation(recipe, built.splits, accelerator, built.evaluated, sinks)
         self.save = Saver(built, run, sinks)
         self.commit = Commit(built, run, sinks, Captures(built, run.path / "captures"))
+        self.alarms = monitor.build_alarms(recipe, state.alarms, len(built.splits.train), accelerator.device)
 
     def begin(self) -> bool:
         """Before the first window: room on the disk, something to go back to, an evaluation that is owed."""
@@ -193,6 +196,15 @@ class _Turn:
                 self.sinks.alarm("Out of memory", f"window {state.window + 1}: {text}", window=state.window + 1)
             else:
                 return micro_batches, result
+
+    def judge(self, stats: StepStats) -> None:
+        """Alarms about the window: on every process, so that any of them can save what judging remembers."""
+        if self.alarms is None:
+            return
+        if stats.window % self.built.recipe.log.every == 0:
+            stats.memory_fraction = monitor.memory.taken_fraction(self.built.accelerator.device)
+        for alarm in self.alarms.judge(stats):
+            self.sinks.alarm(alarm.title, alarm.text, level=alarm.level, window=stats.window)
 
     def after(self, result: WindowResult) -> bool:
         """Evaluation, checkpoint and stop, where they are due; returns whether to go on."""
@@ -294,5 +306,5 @@ def _stats(
         window=state.window, step=state.step, epoch=state.window / length.per_epoch, loss=result.losses["loss"],
         losses=losses, grad_norm=result.grad_norm, grad_norms=result.grad_norms, lr=lr, num_images=result.num_images,
         num_boxes=result.num_boxes, seconds=seconds + wait_seconds, wait_seconds=wait_seconds, accepted=accepted,
-        extra=counts,
+        extra=counts, facts=result.facts,
     )  # fmt: skip
