@@ -65,7 +65,8 @@ class CocoSource:
         of_image = np.arange(self.table.offsets[row], self.table.offsets[row + 1])
         of_image = of_image[~self.table.crowd[of_image]]
         boxes, keep = _clip(self.table.boxes_xywh_px[of_image], np.array(size_px))
-        return boxes[keep], self._labels[of_image[keep]], _num_cut(self.table.boxes_xywh_px[of_image], size_px)
+        num_cut = int(_reach_out(self.table.boxes_xywh_px[of_image], np.array(size_px)).sum())
+        return boxes[keep], self._labels[of_image[keep]], num_cut
 
     def ground_truth(self) -> dict:
         t = self.table
@@ -111,6 +112,8 @@ class CocoSource:
         t = self.table
         pick, counts, keep = self._kept()
         left_out = ~keep & ~t.crowd[pick]
+        reach_out = _reach_out(t.boxes_xywh_px[pick], np.repeat(self._sizes[self._rows], counts, axis=0))
+        reach_out &= keep & ~t.crowd[pick]
         flat = left_out & (t.boxes_xywh_px[pick, 2:] <= 0).any(1)
         parts = [f"{len(self)} images", f"{len(pick)} boxes", f"{len(self.classes)} classes"]
         notes = {
@@ -118,6 +121,7 @@ class CocoSource:
             "crowd regions (kept for evaluation only)": int(t.crowd[pick].sum()),
             "boxes without area (left out of the targets)": int(flat.sum()),
             "boxes outside their image (left out of the targets)": int((left_out & ~flat).sum()),
+            "boxes that reach out of their image (cut at its border)": int(reach_out.sum()),
         }
         parts += [f"{value} {what}" for what, value in notes.items() if value]
         return ", ".join(parts)
@@ -148,12 +152,15 @@ def _clip(boxes_xywh_px: np.ndarray, sizes_px: np.ndarray) -> tuple[np.ndarray, 
         return boxes, (boxes[:, 2:] > boxes[:, :2]).all(1)
 
 
-def _num_cut(boxes_xywh_px: np.ndarray, size_px: tuple[int, int]) -> int:
-    """Boxes [N, 4] that end outside their image (h, w) by more than a hundredth of it, which is not rounding."""
-    h, w = size_px
-    x, y, width, height = boxes_xywh_px.T
-    outside = (x < -0.01 * w) | (y < -0.01 * h) | (x + width > 1.01 * w) | (y + height > 1.01 * h)
-    return int(outside.sum())
+def _reach_out(boxes_xywh_px: np.ndarray, sizes_px: np.ndarray) -> np.ndarray:
+    """Which boxes [N, 4] end outside their image by more than a hundredth of it, which is not rounding: bool [N].
+
+    Args:
+        sizes_px: (h, w), [2] or [N, 2].
+    """
+    (x, y, width, height), h, w = boxes_xywh_px.T, sizes_px[..., 0], sizes_px[..., 1]
+    with np.errstate(over="ignore", invalid="ignore"):
+        return (x < -0.01 * w) | (y < -0.01 * h) | (x + width > 1.01 * w) | (y + height > 1.01 * h)
 
 
 def _ramps(counts: np.ndarray) -> np.ndarray:

@@ -56,10 +56,12 @@ class Past:
     head_loaded: float = 0.0
     seconds: list[tuple[float, float]] = field(default_factory=list)  # (all, of which waiting); not kept over a resume
 
-    def add(self, stats: StepStats) -> None:
+    def add(self, stats: StepStats) -> bool:
+        """Returns whether the window is one to judge: those that were refused have their own alarm, and are no measure
+        of what comes after."""
         self.seconds = [*self.seconds[-49:], (stats.seconds, stats.wait_seconds)]
         if not (stats.accepted and math.isfinite(stats.loss) and math.isfinite(stats.grad_norm)):
-            return  # told by its own alarm, and no measure of what comes after
+            return False
         named = {"window": stats.window, "loss": stats.loss, "grad_norm": stats.grad_norm, "images": stats.num_images}
         named |= {"boxes": stats.num_boxes} | stats.facts
         known = OF_LOSSES if stats.num_boxes else OF_LOSSES[2:]  # without a box, nothing was placed or named
@@ -69,11 +71,12 @@ class Past:
             rows.append(value if isinstance(value, int) else float(f"{value:.6g}"))
             del rows[:-KEPT]
         start = self.recent.setdefault("start", [])
-        if len(start) < BLOCK:
+        if stats.window <= BLOCK:
             start.append(self.recent["loss"][-1])
         if len(self.recent["loss"]) >= BLOCK and stats.window % BLOCK == 0:
             self.blocks.append(sum(self.last("loss", BLOCK)) / BLOCK)
-            del self.blocks[1 : len(self.blocks) - MOST_BLOCKS]
+            del self.blocks[:-MOST_BLOCKS]
+        return True
 
     def add_evaluation(self, window: int, epoch: float, metrics: dict[str, float]) -> None:
         if {"val/loss", "val/train_loss"} <= metrics.keys():
@@ -157,12 +160,13 @@ def diverged(now: StepStats, past: Past, about: About) -> Alarm | None:
             "(train.py --branch runs/NAME)",
             "ERROR",
         )
-    begun = median(past.last("start", BLOCK)[:10])
+    start = past.last("start", BLOCK)
+    begun = median(start[:10]) if len(start) >= 10 else math.inf  # a branch did not begin at window 1
     late_enough = now.step >= about.warmup_steps + BLOCK and about.lr >= 3 * DETR_LR
     if late_enough and about.from_scratch and level > 0.93 * begun:
         return Alarm(
             f"the loss began at {begun:.3g} and after {now.window} windows is still {level:.3g} (at most "
-            f"{max(past.last('start', BLOCK)):.3g} on the way): the steps are too long to learn anything; {advice}, or "
+            f"{max(start):.3g} on the way): the steps are too long to learn anything; {advice}, or "
             f"set schedule.warmup_steps=1000 (it is {about.warmup_steps})",
             "ERROR",
         )
@@ -311,7 +315,7 @@ def tiny_boxes(now: StepStats, past: Past, about: About) -> Alarm | None:
 
 def more_boxes_than_queries(now: StepStats, past: Past, about: About) -> Alarm | None:
     left, boxes = past.sum("unmatched_boxes", BLOCK), past.sum("boxes", BLOCK)
-    if boxes < 100 or left < 0.02 * boxes:
+    if boxes < 200 or left < 0.02 * boxes:
         return None
     return Alarm(
         f"{left:.0f} of the last {boxes:.0f} boxes found no query, because their images hold more than the model's "
@@ -364,7 +368,7 @@ def device_starved(now: StepStats, past: Past, about: About) -> Alarm | None:
 
 
 def memory_close(now: StepStats, past: Past, about: About) -> Alarm | None:
-    if now.memory_fraction is None or now.memory_fraction < 0.97:
+    if now.memory_fraction is None or now.memory_fraction < 0.95:
         return None
     where = "the GPU's memory" if about.on_gpu else "the machine's memory"
     return Alarm(

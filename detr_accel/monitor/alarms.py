@@ -49,12 +49,12 @@ class Alarms:
 
     def judge(self, stats: StepStats) -> list[Alarm]:
         """What is to be said after this window; call it once for each, in order."""
-        self.past.add(stats)
+        to_judge = self.past.add(stats)
 
         def call(rule: Rule) -> Alarm | None:
             return rule(stats, self.past, self.about)
 
-        said = self._ask(EVERY_WINDOW, self.memory.episodes, stats.window, call)
+        said = self._ask(EVERY_WINDOW, self.memory.episodes, stats.window, call) if to_judge else []
         return said + self._ask(MACHINE, self._machine, stats.window, call)
 
     def evaluated(self, window: int, epoch: float, metrics: dict[str, float]) -> list[Alarm]:

@@ -61,6 +61,8 @@ def losses(**values):
 
 
 HIGH = About(lr=2e-3)
+NAN = float("nan")
+NOT_FINITE = {"loss": NAN, "grad_norm": NAN, "grad_norms": {"transformer": NAN, "heads": NAN}, "accepted": False}
 # title -> (windows, the recipe's numbers, further arguments, window in which it must have spoken)
 HISTORIES = {
     "Diverged": (run(400, lambda w: {"loss": 40.0} if w > 250 else {}), About(), {}, 300),
@@ -80,7 +82,7 @@ HISTORIES = {
     "Blank images": (run(60, after(0, facts={"blank_images": 6})), About(), {}, 2),
     "Boxes leave their images": (run(60, after(0, facts={"cut_boxes": 9})), About(), {}, 3),
     "Tiny boxes": (run(60, after(0, facts={"tiny_boxes": 20})), About(), {}, 3),
-    "More boxes than queries": (run(60, after(0, facts={"unmatched_boxes": 4})), About(num_queries=5), {}, 5),
+    "More boxes than queries": (run(60, after(0, facts={"unmatched_boxes": 4})), About(num_queries=5), {}, 9),
     "Nothing learns": (run(5, after(0, lr={"transformer": 0.0, "heads": 0.0})), About(lr=0), {}, 1),
     "Part without learning rate": (
         run(5, after(0, lr={"backbone": 1e-4, "transformer": 1e-4, "heads": 0.0})), About(), {}, 1,
@@ -161,12 +163,24 @@ def test_a_healthy_history_is_silent(about):
         lambda w: {"num_boxes": 0, "losses": {"loss_giou": 0.0, "class_error": 0.0}} if w % 2 else {},
         lambda w: {"lr": {"transformer": 1e-4, "heads": 1e-4}},  # a backbone frozen on purpose has no group
         lambda w: {"facts": {"cut_boxes": 1, "tiny_boxes": 5, "blank_images": 1}} if w % 3 == 0 else {},
-        lambda w: {"loss": float("nan"), "accepted": False} if w == 500 else {},  # health speaks of it
+        lambda w: NOT_FINITE if w == 500 else {},  # health speaks of it
     ],
-    ids=["jumps", "odd loss", "young decoder", "half empty", "frozen backbone", "some dirt", "nan"],
+    ids=["jumps", "odd loss", "young decoder", "half empty", "frozen backbone", "some dirt", "not finite"],
 )
 def test_what_healthy_runs_do_now_and_then_is_no_alarm(change):
     assert raised(run(1200, change)) == []
+
+
+@pytest.mark.law9
+def test_a_branch_that_begins_with_a_trained_model_is_no_divergence():
+    assert raised(run(3400)[3000:], About(lr=1e-3)) == []
+
+
+def test_a_high_rate_that_never_lets_the_loss_fall_is_named():
+    stats = run(120, lambda w: {"loss": 45.0 if w > 1 else 47.0})
+    ((at, title, text),) = raised(stats, HIGH)
+    assert (at, title) == (100, "Diverged") and "began at 45" in text
+    assert raised(stats, About()) == [], "at DETR's own rate a hundred windows are no judgement"
 
 
 def test_waiting_says_nothing_on_a_cpu_that_it_shares_with_the_loader():
