@@ -243,7 +243,7 @@ def classes_do_not_fit(now: StepStats, past: Past, about: About) -> Alarm | None
     errors, gious = past.last("class_error", KEPT), past.last("loss_giou", KEPT)
     if past.head_loaded < 0.9 or not 10 <= now.window <= 60 or len(errors) < 10:
         return None
-    if not (median(gious) < 0.7 and median(errors) > 70):
+    if not (median(gious) < 0.8 and median(errors) > 80):
         return None
     return Alarm(
         f"the loaded detector finds the boxes (loss_giou {median(gious):.2f}) and calls {median(errors):.0f} % of them "
