@@ -249,7 +249,7 @@ def table(rows: dict[str, dict]) -> str:
     """The result as a page."""
     lines = [
         "# Alarms in runs broken on purpose, and in healthy ones", "",
-        f"Healthy runs have {WINDOWS} windows, broken ones 100 or {WINDOWS}; alarms about time and memory left aside.", "",
+        f"Healthy runs have {WINDOWS} windows, broken ones 100 or {WINDOWS}; no time and memory alarms.", "",
         "`OMP_NUM_THREADS=1 python benchmarks/alarm_cases.py --weights PATH/efficientnet-lite0-57934424.pth`", "",
         "| what was broken | which alarm should speak | after windows | others that spoke |", "|---|---|---|---|",
     ]  # fmt: skip
