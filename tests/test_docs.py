@@ -24,8 +24,8 @@ _spec.loader.exec_module(runs)
 ROOT = runs.ROOT
 
 TEXTS = [
-    "README.md", "docs/own-data.md", "docs/nan.md", "docs/out-of-memory.md", "docs/resume.md", "docs/overfitting.md",
-    "docs/speed.md",
+    "README.md", "docs/own-data.md", "docs/nan.md", "docs/not-learning.md", "docs/out-of-memory.md", "docs/resume.md",
+    "docs/overfitting.md", "docs/speed.md",
 ]  # fmt: skip
 NOT_RUN = {
     "make train": "installs the whole environment; .ci/run does",
