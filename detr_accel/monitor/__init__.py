@@ -16,7 +16,7 @@ from detr_accel.monitor.timing import Eta
 from detr_accel.monitor.wandb_sink import WandbSink, decide_mode, tracker_kwargs
 from detr_accel.recipe import Recipe
 
-__all__ = ["Eta", "Silent", "Sinks", "build", "memory", "timing", "versions"]
+__all__ = ["Eta", "Silent", "Sinks", "build", "decide_mode", "memory", "timing", "versions"]
 
 PACKAGES = ("torch", "torchvision", "accelerate", "timm", "wandb", "numpy", "hotcoco", "pycocotools")
 
