@@ -101,6 +101,14 @@ def _parser() -> argparse.ArgumentParser:
         "--branch", type=Path, metavar="RUN", help="begin from the last checkpoint of another run, as a run of its own"
     )
 
+    p.add_argument(
+        "--rehearse", action="store_true",
+        help="before a long run: check data, memory, learning, saving, resuming, W&B, disk and time in minutes, in a "
+        "folder of its own; exit code 0: safe to leave, 1: not, and why",
+    )  # fmt: skip
+    p.add_argument("--rehearse-minutes", type=float, default=10.0, metavar="M", help="about how long (default: 10)")
+    p.add_argument("--rehearsal-job", type=Path, help=argparse.SUPPRESS)  # a rehearsal's own children
+
     p = verb("start", _start, "write a first recipe for a data set, each line with its reason")
     p.add_argument("folder", type=Path, help="a COCO folder")
     p.add_argument("--out", type=Path, help="the recipe (default: NAME.yaml here, NAME being the folder's)")
@@ -182,9 +190,24 @@ def _train(args, overrides) -> int:
     from detr_accel.train.loop import train
 
     resume = "auto" if args.resume == "auto" else args.resume == "yes"
-    train(recipes.load(args.recipe, overrides), runs=args.runs, resume=resume, branch=args.branch)
+    recipe = recipes.load(args.recipe, overrides)
+    if args.rehearse or args.rehearsal_job:
+        return _rehearse(args, recipe, resume)
+    train(recipe, runs=args.runs, resume=resume, branch=args.branch)
     launch.leave()
     return 0
+
+
+def _rehearse(args, recipe, resume) -> int:
+    from detr_accel.train import launch, rehearsal
+
+    if args.rehearsal_job:
+        rehearsal.job(recipe, args.rehearsal_job, args.runs, resume)
+        launch.leave()
+        return 0
+    if resume or args.branch:
+        raise UserError("--rehearse rehearses a fresh start: leave --resume and --branch out")
+    return rehearsal.main(recipe, args.runs, args.rehearse_minutes)
 
 
 def _start(args, _) -> int:

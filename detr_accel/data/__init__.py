@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,21 +12,22 @@ import torch
 from detr_accel.data import cache, coco_json, first_recipe, layout, loader
 from detr_accel.data import source as seeds
 from detr_accel.data.coco import CocoSource, classes_like, classes_of
+from detr_accel.data.collate import make_batch
 from detr_accel.data.cost import ImageCost, image_cost
 from detr_accel.data.device import PlannedBatch, ahead
-from detr_accel.data.geometry import Augmentation, eval_plan, largest_first, resized, worst_canvas
+from detr_accel.data.geometry import Augmentation, canvas, eval_plan, largest_first, resized, worst_canvas
 from detr_accel.data.images import ImageFiles
 from detr_accel.data.loader import worker_death
-from detr_accel.data.sampler import EvalTasks, TrainTasks, shapes_of, share, windows_per_epoch
+from detr_accel.data.sampler import EvalTasks, Task, TrainTasks, shapes_of, share, windows_per_epoch
 from detr_accel.data.shapes import ShapesSource
 from detr_accel.data.source import Source, Subset
 from detr_accel.recipe import Recipe
 from detr_accel.structures import Batch, Classes, UserError
 
 __all__ = [
-    "Demands", "ImageCost", "ImageFiles", "PlannedBatch", "Source", "Splits", "Subset", "build", "cost", "demands",
-    "describe", "eval_batches", "eval_source", "first_recipe_for", "is_there", "share", "train_windows",
-    "windows_per_epoch", "with_cache", "worker_death", "worst_window",
+    "Demands", "ImageCost", "ImageFiles", "PlannedBatch", "Source", "Splits", "Subset", "build", "cache_room", "cost",
+    "demands", "describe", "eval_batches", "eval_source", "first_recipe_for", "is_there", "share", "still_window",
+    "train_windows", "windows_per_epoch", "with_cache", "worker_death", "worst_window",
 ]  # fmt: skip
 
 
@@ -40,15 +41,17 @@ class Splits:
     split_json: dict | None = None  # the image ids of each split, where one json was cut in two
 
 
-def build(recipe: Recipe, split_json: dict | None = None) -> Splits:
+def build(recipe: Recipe, split_json: dict | None = None, max_val_images: int | None = None) -> Splits:
     """Open the data set of a recipe.
 
     Args:
         split_json: a split saved before (``Splits.split_json``); otherwise one is drawn from the seed where needed.
+        max_val_images: a rehearsal evaluates on so many images of the validation split; None takes all.
     Raises:
         UserError: something is missing or broken; names file, record and value.
     """
-    return _FORMATS[recipe.data.format](recipe, split_json)
+    splits = _FORMATS[recipe.data.format](recipe, split_json)
+    return splits if max_val_images is None else replace(splits, val=splits.val.head(max_val_images))
 
 
 def _build_shapes(recipe: Recipe, _: dict | None) -> Splits:
@@ -262,22 +265,40 @@ def with_cache(recipe: Recipe, splits: Splits, quiet: bool = False) -> Splits:
         return splits
     from tqdm import tqdm
 
-    policy = _policy(recipe)
-
     def progress(items, total):
         return tqdm(items, "cache", total, disable=True if quiet else None, leave=False, delay=2)
 
-    folder = Path(d.cache_folder or "~/.cache/detr_accel")
-    train, one = cache.cached(
-        splits.train, d.cache, folder, lambda size: largest_first(size, policy), exact=False,
-        settings=("train", policy.scales, policy.max_size, policy.crop > 0, policy.crop_scales), workers=d.workers,
-        progress=progress,
-    )  # fmt: skip
-    val, two = cache.cached(
-        splits.val, d.cache, folder, lambda size: resized(size, d.eval_size, d.eval_max_size), exact=True,
-        settings=("val", d.eval_size, d.eval_max_size), workers=d.workers, progress=progress,
-    )  # fmt: skip
+    folder = Path(d.cache_folder or _CACHES)
+    (train, one), (val, two) = (
+        cache.cached(source, d.cache, folder, workers=d.workers, progress=progress, **how)
+        for source, how in _kept(recipe, splits)
+    )
     return replace(splits, train=train, val=val, found=[*splits.found, one, two])
+
+
+def cache_room(recipe: Recipe, splits: Splits) -> float:
+    """GiB that are still to be written before ``with_cache`` has what the recipe asks for.
+
+    Raises:
+        UserError: no room for them.
+    """
+    folder = Path(recipe.data.cache_folder or _CACHES)
+    return 0.0 if recipe.data.cache == "none" else cache.room(_kept(recipe, splits), recipe.data.cache, folder)
+
+
+_CACHES = "~/.cache/detr_accel"
+
+
+def _kept(recipe: Recipe, splits: Splits) -> list[tuple[Source, dict]]:
+    """Both splits, and how their images are kept."""
+    d, policy = recipe.data, _policy(recipe)
+    first: Callable = lambda size: largest_first(size, policy)  # noqa: E731
+    settings = ("train", policy.scales, policy.max_size, policy.crop > 0, policy.crop_scales)
+    evaluated: Callable = lambda size: resized(size, d.eval_size, d.eval_max_size)  # noqa: E731
+    return [
+        (splits.train, {"largest": first, "exact": False, "settings": settings}),
+        (splits.val, {"largest": evaluated, "exact": True, "settings": ("val", d.eval_size, d.eval_max_size)}),
+    ]
 
 
 def cost(recipe: Recipe, source: Source, mean: tuple[float, ...], std: tuple[float, ...], device) -> ImageCost:
@@ -366,6 +387,30 @@ def eval_batches(
     d = recipe.data
     tasks = EvalTasks(source, recipe.evaluate.batch, d.eval_size, d.eval_max_size, rank, num_ranks)
     return loader.batches(source, tasks, **_loading(recipe, mean, std), keep_faults=keep_faults)
+
+
+def still_window(
+    recipe: Recipe,
+    source: Source,
+    indices: Sequence[int],
+    *,
+    rank: int,
+    num_ranks: int,
+    micro: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> list[Batch]:
+    """This rank's micro-batches of a window of chosen images without augmentation, as evaluation would see them.
+
+    Args:
+        indices: into the source, of all ranks.
+        micro: most images in a micro-batch.
+    """
+    plans = [eval_plan(source.size_px(i), recipe.data.eval_size, recipe.data.eval_max_size) for i in indices]
+    size, mine = canvas(plans), share(len(indices), rank, num_ranks)
+    parts = [range(i, min(i + micro, mine.stop)) for i in range(mine.start, mine.stop, micro)]
+    tasks = [Task(0, 0, tuple(p), tuple(indices[i] for i in p), tuple(plans[i] for i in p), size) for p in parts]
+    return [make_batch(source, task, tuple(mean), tuple(std)) for task in tasks]
 
 
 def _loading(recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...]) -> dict:

@@ -107,6 +107,23 @@ class CocoSource:
             digest.update(self.name(i).encode("utf-8", "surrogateescape") + b"\0")
         return digest.hexdigest()
 
+    def head(self, num_images: int) -> CocoSource:
+        """The first images of the split as a split of their own."""
+        return self.subset(self._rows[:num_images])
+
+    def path(self, index: int) -> str:
+        return f"{self.folder}/{self._paths[self._rows[index]]}"
+
+    def written(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Every annotation that is no crowd region, as the json has it: boxes xywh px [A, 4], the (h, w) of its image
+        [A, 2], its category id [A], and the index of its image [A]."""
+        t = self.table
+        pick, counts, _ = self._kept()
+        of_image = np.repeat(np.arange(len(self)), counts)
+        plain = ~t.crowd[pick]
+        pick, of_image = pick[plain], of_image[plain]
+        return t.boxes_xywh_px[pick], self._sizes[self._rows[of_image]], t.category_ids[pick], of_image
+
     def stamp(self) -> str:
         """sha256 over size and time of change of every file: another one where pixels may have changed."""
         digest = hashlib.sha256()

@@ -19,7 +19,8 @@ from detr_accel.recipe import Recipe
 from detr_accel.structures import UserError
 
 __all__ = [
-    "Alarms", "Eta", "Memory", "Silent", "Sinks", "about", "build", "build_alarms", "memory", "timing", "versions",
+    "Alarms", "Eta", "Memory", "Silent", "Sinks", "about", "build", "build_alarms", "decide_mode", "memory", "timing",
+    "versions",
 ]  # fmt: skip
 
 PACKAGES = ("torch", "torchvision", "accelerate", "timm", "wandb", "numpy", "hotcoco", "pycocotools")

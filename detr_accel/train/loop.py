@@ -33,13 +33,17 @@ from detr_accel.train.stopping import StopSignal
 from detr_accel.train.window import Requests, WindowResult
 
 
-def train(recipe: Recipe, *, runs: Path = Path("runs"), resume: bool | str = False, branch: Path | None = None) -> Path:
+def train(
+    recipe: Recipe, *, runs: Path = Path("runs"), resume: bool | str = False, branch: Path | None = None,
+    max_val_images: int | None = None,
+) -> Path:  # fmt: skip
     """Train what the recipe says; returns the run folder.
 
     Args:
         runs: the folder that holds all runs.
         resume: True goes on from the last whole checkpoint of runs/NAME; ``auto`` starts or goes on, whichever applies.
         branch: the folder of another run, whose last checkpoint this one begins from, with a recipe that may differ.
+        max_val_images: evaluate on so many images of the validation split (a rehearsal); None takes all.
     Raises:
         UserError: anything the person can mend, in one sentence.
     """
@@ -53,7 +57,7 @@ def train(recipe: Recipe, *, runs: Path = Path("runs"), resume: bool | str = Fal
     resume = on_main(accelerator, lambda: _claim(run, resume))
     try:
         parts.seed_everything(recipe.seed, recipe.deterministic)
-        finished = _train(recipe, accelerator, run, resume, None if resume else branch)
+        finished = _train(recipe, accelerator, run, resume, None if resume else branch, max_val_images)
         if main and finished:
             run.status("done")
     except BaseException as error:
@@ -68,13 +72,18 @@ def train(recipe: Recipe, *, runs: Path = Path("runs"), resume: bool | str = Fal
     return run.path
 
 
-def _train(recipe: Recipe, accelerator: Accelerator, run: RunFolder, resume: bool, branch: Path | None) -> bool:
+def _train(
+    recipe: Recipe, accelerator: Accelerator, run: RunFolder, resume: bool, branch: Path | None,
+    max_val_images: int | None,
+) -> bool:  # fmt: skip
     """Returns whether the end was reached (False: asked to stop, state saved)."""
     stop = StopSignal(launch.started_by_launcher())
     try:
         # -- data, model, optimizer; where the last run stopped; how much fits
         split = _saved_split(run.path if resume else branch)
-        splits = everywhere(accelerator, lambda: _open_data(recipe, split, quiet=not accelerator.is_main_process))
+        splits = everywhere(
+            accelerator, lambda: _open_data(recipe, split, max_val_images, quiet=not accelerator.is_main_process)
+        )
         built = everywhere(accelerator, lambda: parts.build(recipe, accelerator, splits, resume=resume or bool(branch)))
         state, notes = resuming.start_or_resume(built, run, resume=resume, branch=branch)
         notes += _fit(built, state)
@@ -101,8 +110,8 @@ def _train(recipe: Recipe, accelerator: Accelerator, run: RunFolder, resume: boo
         stop.restore()
 
 
-def _open_data(recipe: Recipe, split: dict | None, quiet: bool) -> data.Splits:
-    return data.with_cache(recipe, data.build(recipe, split), quiet)
+def _open_data(recipe: Recipe, split: dict | None, max_val_images: int | None, quiet: bool) -> data.Splits:
+    return data.with_cache(recipe, data.build(recipe, split, max_val_images), quiet)
 
 
 def _fit(built: Parts, state: State) -> list[str]:
