@@ -126,7 +126,7 @@ def clipping_saturated(now: StepStats, past: Past, about: About) -> Alarm | None
     return Alarm(
         f"gradients are clipped {median(norms) / about.clip_norm:.0f}-fold (median norm {median(norms):.3g} over "
         f"{BLOCK} windows, optim.clip_norm {about.clip_norm:g}): the step keeps next to nothing of their size; lower "
-        f"optim.lr (it is {about.lr:g}) and look for boxes or images out of range with data that trained before"
+        f"optim.lr (it is {about.lr:g}); where it came with new data, look at their boxes and pixels"
     )
 
 
@@ -142,8 +142,9 @@ def loss_spike(now: StepStats, past: Past, about: About) -> Alarm | None:
         return None
     return Alarm(
         f"loss {max(high):.3g}, {max(high) / middle:.1f}x its median of {middle:.3g}, since window "
-        f"{past.last('window', 5)[0]:.0f} while lr is {_lr(now):.3g}: if it stays, lower optim.lr or go back "
-        "(train.py --branch runs/NAME); if it comes again at the same place of each epoch, look at those images"
+        f"{past.last('window', 5)[0]:.0f} while lr is {_lr(now):.3g}: if it stays, lower optim.lr and begin "
+        "again from an earlier checkpoint (model.init_from=runs/NAME/checkpoints/best); a spike that goes by is left "
+        "alone"
     )
 
 
@@ -156,13 +157,13 @@ def diverged(now: StepStats, past: Past, about: About) -> Alarm | None:
     if past.blocks and level > 1.5 * min(past.blocks):
         return Alarm(
             f"the loss is {level:.3g} over the last 50 windows and was {min(past.blocks):.3g}, while lr is "
-            f"{_lr(now):.3g}: the training has diverged; {advice} and begin again from an earlier checkpoint "
-            "(train.py --branch runs/NAME)",
+            f"{_lr(now):.3g}: the training has diverged; {advice} and begin again, or from an earlier checkpoint "
+            "(model.init_from=runs/NAME/checkpoints/best)",
             "ERROR",
         )
     start = past.last("start", BLOCK)
     begun = median(start[:10]) if len(start) >= 10 else math.inf  # a branch did not begin at window 1
-    late_enough = now.step >= about.warmup_steps + BLOCK and about.lr >= 3 * DETR_LR
+    late_enough = now.step >= about.warmup_steps + BLOCK and about.lr >= 2.99 * DETR_LR
     if late_enough and about.from_scratch and level > 0.93 * begun:
         return Alarm(
             f"the loss began at {begun:.3g} and after {now.window} windows is still {level:.3g} (at most "
@@ -179,14 +180,20 @@ def plateau(now: StepStats, past: Past, about: About) -> Alarm | None:
         return None
     before, recent = past.blocks[-20:-10], past.blocks[-10:]
     noise = _middle(before)[1] / math.sqrt(10)
-    poor = median(past.last("loss_giou", BLOCK)) > 0.7
+    gious = past.last("loss_giou", BLOCK)
+    poor = bool(gious) and median(gious) > 0.7
     if not poor or median(recent) < median(before) - max(2 * noise, 0.005 * median(before)):
         return None
+    cause = (
+        f"with {about.num_images} images from scratch that is DETR's usual plateau; start from a trained detector "
+        "(model.init_from), or train longer"
+    )
+    if not about.from_scratch:
+        cause = "the detector that it began from (model.init_from) knows other things; train longer"
     return Alarm(
         f"the loss stays at {median(recent):.3g} (it was {median(before):.3g} a thousand windows before) and boxes do "
-        f"not fit yet (loss_giou {median(past.last('loss_giou', BLOCK)):.2f}): with {about.num_images} images from "
-        "scratch that is DETR's usual plateau; start from a trained detector (model.init_from), or train longer; a "
-        f"learning rate far from {DETR_LR:g} does it too (optim.lr is {about.lr:g})"
+        f"not fit yet (loss_giou {median(gious):.2f}): {cause}; a learning rate far from {DETR_LR:g} does it too "
+        f"(optim.lr is {about.lr:g})"
     )
 
 
@@ -393,8 +400,9 @@ def overfit(past: Past, about: About) -> Alarm | None:
     return Alarm(
         f"the loss on validation images was {best['val']:.3g} at window {best['window']:.0f} and is "
         f"{rows[-1]['val']:.3g}, while that on training images fell from {best['train']:.3g} to "
-        f"{rows[-1]['train']:.3g}: the images are being learned by heart; use checkpoints/best, stop earlier "
-        "(schedule.epochs), raise model.dropout or optim.weight_decay, or add images"
+        f"{rows[-1]['train']:.3g}: the images are being learned by heart; look whether val/AP still "
+        "rises, which it may for long; if not, use checkpoints/best, let early_stop.patience end such runs, raise "
+        "model.dropout or optim.weight_decay, or add images"
     )
 
 

@@ -131,7 +131,8 @@ def taken_fraction(device: torch.device) -> float:
     """How much of all memory is taken, 0..1: of a GPU by tensors at their peak (what the allocator merely keeps can be
     had), or of the machine, or its container, by everything."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / torch.cuda.get_device_properties(device).total_memory
+        peak = max(_peak(device), _before.get("cuda", 0.0))  # the counters begin anew in each phase of a window
+        return peak * 2**30 / torch.cuda.get_device_properties(device).total_memory
     total = psutil.virtual_memory().total
     for limit, *_ in _CGROUP_FILES:
         try:

@@ -188,9 +188,8 @@ class _Turn:
         owed = state.window > 0 and self.built.length.due(state.window, recipe.evaluate.every_epochs)
         if owed and state.evaluated_window != state.window:
             is_best = self._evaluate()
-            counted = is_best or self._checkpoint_due()
-            if counted or self.validate.aborted:
-                self.save(state, is_best=is_best, counted=counted, must=self.validate.aborted)
+            # saved in any case: another stop before the next checkpoint would owe it, and log it, again
+            self.save(state, is_best=is_best, counted=is_best or self._checkpoint_due(), must=self.validate.aborted)
         return not self.validate.aborted and not self._is_over()
 
     def run(self, micro_batches: list[Batch], failure: str | None) -> tuple[list[Batch], WindowResult]:

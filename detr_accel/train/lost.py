@@ -75,7 +75,7 @@ class Roll:
             who = f"rank {names} of {len(self.members)} is gone since window {window}"
         else:
             who = (
-                f"after window {window} one of the {len(self.members)} processes, on another machine, is gone or has "
+                f"after window {window} one of the {len(self.members)} processes is gone on another machine, or has "
                 f"not answered for dist.timeout_minutes ({self.timeout_minutes:g})"
             )
         return (

@@ -134,10 +134,17 @@ def schedule_of(recipe: Recipe, length: Length) -> Callable[[int], float]:
 
 def lr_factor(parts: Parts, state) -> float:
     """What every group's learning rate is multiplied by in the next step: the schedule, and what happened since."""
-    s, factor = parts.recipe.schedule, parts.factor(state.step)
-    if s.kind == "plateau":
-        factor *= max(s.min_factor, s.gamma**state.plateau.drops)
+    factor = plateau_factor(parts.recipe.schedule, parts.factor(state.step), state.plateau.drops)
     return factor * state.health.lr_factor
+
+
+def plateau_factor(schedule, factor: float, drops: int) -> float:
+    """A schedule's factor with the drops that evaluations have caused.
+
+    Args:
+        schedule: the recipe's section.
+    """
+    return factor * max(schedule.min_factor, schedule.gamma**drops) if schedule.kind == "plateau" else factor
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:

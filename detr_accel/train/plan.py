@@ -21,7 +21,7 @@ from detr_accel.train.dry_step import Layout, Peaks
 GPU_GIB, NCCL_GIB, CPU_GIB = 1.0, 0.25, 1.0  # what cannot be counted; see ``_allowance``
 _GIB = 2**30
 _CHECKPOINTING, _SIZE = "model.activation_checkpointing", "data.augment.max_size"
-_FROZEN = "model.backbone.frozen_stages"
+_FROZEN, _EVALUATED = "model.backbone.frozen_stages", "evaluate.batch"
 _QUICK_MODULES, _SHORT_RUN = 200, 100  # of the model; windows
 _UNITS = {"k": 1, "m": 2, "g": 3, "t": 4}
 
@@ -157,14 +157,23 @@ class _Planner:
 
     def _ways(self) -> Iterable[tuple[Recipe, str, list[str]]]:
         """The recipe, and then with more and more levers, mildest first; what ``auto`` does by itself is no setting."""
-        own = self.recipe.model.activation_checkpointing
-        ladder = _ladder(self.recipe)
+        recipe, evaluation = self.recipe, []
+        while self._evaluation_is_too_much(recipe):
+            recipe = _set(recipe, _EVALUATED, recipe.evaluate.batch // 2)
+            evaluation = [f"{_EVALUATED}={recipe.evaluate.batch}"]
+        own = recipe.model.activation_checkpointing
+        ladder = _ladder(recipe)
         steps = ladder if own == "auto" else [tuple(own), *(s for s in ladder if set(s) > set(own))]
         for precision in dict.fromkeys((self.layout.precision, "bf16" if self.layout.precision == "no" else None)):
             for step in steps if precision is not None else ():
                 settings = [] if own == "auto" or step == tuple(own) else [_on(step)]
                 changed = [] if precision == self.layout.precision else [f"precision={precision}"]
-                yield _set(self.recipe, _CHECKPOINTING, list(step)), precision, settings + changed
+                yield _set(recipe, _CHECKPOINTING, list(step)), precision, evaluation + settings + changed
+
+    def _evaluation_is_too_much(self, recipe: Recipe) -> bool:
+        """Whether no lever of the training would help, and fewer images at a time in evaluation would."""
+        peaks = self._peaks(recipe, 1, self.layout.precision)
+        return peaks.moment == "evaluation" and peaks.bytes > self.usable and recipe.evaluate.batch > 1
 
     def _found(self, recipe: Recipe, micro: int, precision: str, settings: list[str]) -> Plan:
         peaks = self._peaks(recipe, micro, precision)
@@ -217,6 +226,8 @@ class _Planner:
             yield _set(recipe, _CHECKPOINTING, list(everything)), precision, _on(everything)
         if precision == "no":
             yield recipe, "bf16", "precision=bf16"
+        if recipe.evaluate.batch > 1:
+            yield _set(recipe, _EVALUATED, 1), precision, f"{_EVALUATED}=1"
         size = max(32, recipe.data.augment.max_size * 3 // 4 // 32 * 32)
         if size < recipe.data.augment.max_size:
             yield _set(recipe, _SIZE, size), precision, f"{_SIZE}={size}"

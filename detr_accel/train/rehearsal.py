@@ -245,7 +245,8 @@ class _Rehearsal:
         half = math.ceil(KILL_AFTER_S / max(1e-3, self.rows["windows"]["seconds_per_window"]))
         half = min(max(2, half), MOST_WINDOWS // 2)
         return {
-            "name": f"{self.recipe.name}-rehearsal", "schedule.steps": 2 * half, "log.every": 1,
+            "name": f"{self.recipe.name}-rehearsal", "schedule.steps": 2 * half, "schedule.kind": "constant",
+            "log.every": 1,
             "checkpoint.every_steps": half, "checkpoint.every_epochs": NEVER, "checkpoint.every_minutes": None,
             "checkpoint.keep": 1, "evaluate.every_epochs": NEVER,
             "evaluate.train_images": min(numbers["train_images"], self.rows["evaluation"]["images"]),
@@ -319,7 +320,7 @@ class _Rehearsal:
                 raise Trouble("kill", _status(run).get("reason") or child.refusal())
             child.kill()
         if _status(run).get("state") == "done":
-            raise Trouble("kill", "the run was over before it could be killed", "give --rehearse-minutes more")
+            raise Trouble("kill", "the short run was over before it could be killed", "rehearse once more")
         return _last_window(run)
 
     # --- after them
@@ -358,7 +359,8 @@ class _Rehearsal:
             other = sum(p.stat().st_size for p in files) - media
             sent = self._num_evaluations() * media + logged / windows * other
             needed = self.rows["disk"]["needed_bytes"] + logs + sent
-            free = shutil.disk_usage(self.runs).free
+            own = sum(p.stat().st_size for p in self.folder.rglob("*.safetensors") if not p.is_symlink())
+            free = shutil.disk_usage(self.runs).free + own  # the rehearsal's own checkpoints go when it is over
             mib = [f"{x / 2**20:,.0f} MiB" for x in (self.rows["disk"]["needed_bytes"], logs, sent, free)]
             told = f"checkpoints and captures {mib[0]}, logs {mib[1]}, W&B {mib[2]}; {mib[3]} free in {self.runs}"
             if needed > free:

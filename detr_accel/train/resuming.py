@@ -11,7 +11,8 @@ from detr_accel.structures import UserError
 from detr_accel.train import changes, checkpoint
 from detr_accel.train.agree import everywhere, on_main
 from detr_accel.train.checkpoint import State
-from detr_accel.train.parts import Parts, measure, schedule_of
+from detr_accel.train.parts import Parts, measure, plateau_factor, schedule_of
+from detr_accel.train.patience import Waiting
 from detr_accel.train.run_folder import RunFolder
 
 
@@ -67,7 +68,12 @@ def _restore(parts: Parts, folder: Path, branch: bool) -> tuple[State, list[str]
             "the data back, or start a new run with model.init_from set to this one"
         )
     old_factor = schedule_of(before, measure(before, len(parts.splits.train)))
-    notes += changes.lr_note(state.step, old_factor, parts.factor, recipe.optim.lr * state.health.lr_factor)
+    kept = 0 if branch or recipe.schedule.kind != "plateau" else state.plateau.drops
+    notes += changes.lr_note(
+        state.step, lambda step: plateau_factor(before.schedule, old_factor(step), state.plateau.drops),
+        lambda step: plateau_factor(recipe.schedule, parts.factor(step), kept),
+        recipe.optim.lr * state.health.lr_factor,
+    )  # fmt: skip
     if (state.layout or {}).get("processes") != processes:
         notes.append(_layout_note(state, processes))
     _keep_fit(state, before, recipe, processes)
@@ -76,6 +82,9 @@ def _restore(parts: Parts, folder: Path, branch: bool) -> tuple[State, list[str]
         state.best = state.best_window = state.metrics = state.threshold = None
         state.evaluated_window = state.window  # the parent's evaluation; none is owed
         state.alarms = Memory()  # the parent's curves are no measure of a training that may differ
+        state.early_stop, state.plateau = Waiting(), Waiting()
+    if before.early_stop.metric != recipe.early_stop.metric or recipe.early_stop.patience is None:
+        state.early_stop = Waiting()  # a best value of another metric, or one that nobody kept up, is no measure
     state.layout = {"batch_size": recipe.batch.size, "processes": processes}
     return state, notes
 

@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from detr_accel.structures import Batch, UserError
+from detr_accel.train.window import is_out_of_memory
 
 MOST_IMAGES = 512
 SHARE = 0.02
@@ -102,5 +103,9 @@ def over(
                     moved = batch.to(accelerator.device, non_blocking=True)
                     found.add(model(moved.images, moved.mask), batch)
     except Exception as error:  # the others wait in result: reach it first
-        found.failure = f"the loss of training images could not be computed: {type(error).__name__}: {error}"
+        why = "memory ran out" if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
+        found.failure = (
+            f"the loss of training images could not be computed ({why}): lower evaluate.batch or data.eval_size, or "
+            "set evaluate.train_images=0, then go on with --resume"
+        )
     return found.result()

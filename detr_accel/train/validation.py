@@ -13,7 +13,7 @@ from detr_accel import data, evaluate, models
 from detr_accel.structures import Batch, Detections, UserError
 from detr_accel.train import set_loss
 from detr_accel.train.checkpoint import State
-from detr_accel.train.parts import Parts
+from detr_accel.train.parts import Parts, plateau_factor
 from detr_accel.train.patience import Patience
 from detr_accel.train.stopping import StopSignal
 
@@ -82,11 +82,14 @@ class Validation:
             patience = Patience(schedule.metric, schedule.patience)
             patience.note(state.plateau, values[schedule.metric])
             if patience.over(state.plateau):
+                before = plateau_factor(schedule, 1.0, state.plateau.drops)
                 state.plateau.waited, state.plateau.drops = 0, state.plateau.drops + 1
-                self.sinks.say(
-                    f"schedule: no better {schedule.metric} in {schedule.patience} evaluations: the learning rate is "
-                    f"multiplied by {schedule.gamma:g} from window {state.window} on"
-                )
+                after = plateau_factor(schedule, 1.0, state.plateau.drops)
+                if after < before:
+                    self.sinks.say(
+                        f"schedule: no better {schedule.metric} in {schedule.patience} evaluations: the learning rate "
+                        f"is multiplied by {after / before:.3g} from window {state.window + 1} on"
+                    )
 
     def over(self, state: State) -> str | None:
         """Why the run ends here, in words, where early stopping says so."""
@@ -99,7 +102,7 @@ class Validation:
         shown = f"{best:.4g}" if early.metric == "loss" else f"{100 * best:.1f}"
         return (
             f"stopped early after {where}: no better {early.metric} than {shown} in {state.early_stop.waited} "
-            "evaluations (early_stop.patience); the best weights are checkpoints/best"
+            f"evaluations (early_stop.patience); checkpoints/best is the best by {self.recipe.evaluate.metric}"
         )
 
     def _train_loss(self) -> dict[str, float]:

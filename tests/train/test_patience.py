@@ -3,12 +3,15 @@
 import importlib.util
 import json
 import math
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from detr_accel import recipe as recipes
 from detr_accel.recipe import Recipe
+from detr_accel.train import loop
 from detr_accel.train.loop import train
 from detr_accel.train.patience import Patience, Waiting
 
@@ -109,6 +112,41 @@ def test_a_plateau_drops_the_rate_and_a_resume_keeps_it(tmp_path, capsys):
     train(recipe("flat", more), runs=tmp_path / "cut", resume=True)
     assert (tmp_path / "cut/flat/metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
     assert inject.differing(inject.weights(tmp_path / "cut/flat"), inject.weights(run)) == []
+
+
+@pytest.mark.law2
+def test_a_branch_waits_anew(stopped, tmp_path):
+    more = STILL + "early_stop: {metric: loss, patience: 2, min_delta: 0.5}\n"
+    run = train(recipe("child", more.replace("1.0e-9", "1.0e-8")), runs=tmp_path, branch=stopped)
+    assert windows(run) == [10, 11, 12], "its parent's patience was at an end; the schedule ends it"
+
+
+def test_another_metric_begins_anew(tmp_path):
+    first = STILL.replace("epochs: 4", "epochs: 2") + "early_stop: {metric: AP75, patience: 9}\n"
+    train(recipe("other", first), runs=tmp_path)
+    run = train(recipe("other", STILL + "early_stop: {metric: loss, patience: 2}\n"), runs=tmp_path, resume=True)
+    assert windows(run) == list(range(1, 13)), "evaluations at 9 and 12: a first one, and one to wait for"
+
+
+@pytest.mark.law2
+def test_an_evaluation_that_ends_a_run_is_made_once(tmp_path, monkeypatch):
+    """Stopped in the window before the evaluation that will end the run: it is owed, and made by the first resume."""
+    more = STILL + "early_stop: {metric: loss, patience: 1, min_delta: 0.5}\ncheckpoint: {every_epochs: 9}\n"
+    plain = loop._Turn.run
+
+    def run(self, micro_batches, failure):
+        if self.state.window == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, micro_batches, failure)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Turn, "run", run)
+        train(recipe("owed", more), runs=tmp_path)
+    for _ in range(2):
+        folder = train(recipe("owed", more), runs=tmp_path, resume=True)
+    assert [r["window"] for r in inject.rows(folder) if "val/AP" in r] == [3, 6]
+    straight = train(recipe("owed", more), runs=tmp_path / "straight")
+    assert (folder / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
 
 
 def test_two_processes_end_together(tmp_path):
