@@ -101,6 +101,14 @@ def _parser() -> argparse.ArgumentParser:
         "--branch", type=Path, metavar="RUN", help="begin from the last checkpoint of another run, as a run of its own"
     )
 
+    p = verb("check-data", _check_data, "look at what training will see; recipe keys can be set", overrides=True)
+    p.add_argument("recipe", help="YAML file")
+    p.add_argument(
+        "--preview", type=Path, required=True, metavar="OUT.png", help="write a contact sheet with the boxes"
+    )
+    p.add_argument("--epoch", type=int, default=0, help="of the training; the first one is 0")
+    p.add_argument("--images", type=int, default=12, help="how many to draw (default: 12)")
+
     p = verb("eval", _eval, "COCO metrics of a run or checkpoint")
     p.add_argument("model", help="run, checkpoint, model folder, .pth or .safetensors")
     p.add_argument("--split", choices=["train", "val", "test"], help="default: val, or the only one in --data")
@@ -165,6 +173,24 @@ def _train(args, overrides) -> int:
     train(recipes.load(args.recipe, overrides), runs=args.runs, resume=resume, branch=args.branch)
     launch.leave()
     return 0
+
+
+def _check_data(args, overrides) -> int:
+    recipe = recipes.load(args.recipe, overrides)
+    print(_preview(recipe, args))
+    return 0
+
+
+def _preview(recipe, args) -> str:
+    from detr_accel import data, models
+
+    model = models.build(recipe, 1, device="meta", load_weights=False)
+    sheet, line = data.preview(
+        recipe, data.build(recipe).train, epoch=args.epoch, images=args.images, mean=model.mean, std=model.std
+    )
+    with writing(args.preview):
+        sheet.save(args.preview)
+    return f"{line}\nwrote {args.preview}"
 
 
 def _eval(args, _) -> int:

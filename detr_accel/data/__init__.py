@@ -8,14 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
-from detr_accel.data import coco_json, layout, loader
+from detr_accel.data import augment, coco_json, layout, loader
 from detr_accel.data import source as seeds
 from detr_accel.data.coco import CocoSource, classes_like, classes_of
 from detr_accel.data.device import PlannedBatch, ahead
 from detr_accel.data.geometry import Augmentation, worst_canvas
 from detr_accel.data.images import ImageFiles
 from detr_accel.data.loader import worker_death
+from detr_accel.data.preview import contact_sheet
 from detr_accel.data.sampler import EvalTasks, TrainTasks, shapes_of, share, windows_per_epoch
 from detr_accel.data.shapes import ShapesSource
 from detr_accel.data.source import Source, Subset
@@ -24,7 +26,7 @@ from detr_accel.structures import Batch, Classes, UserError
 
 __all__ = [
     "ImageFiles", "PlannedBatch", "Source", "Splits", "Subset", "build", "describe", "eval_batches", "eval_source",
-    "share", "train_windows", "windows_per_epoch", "worker_death", "worst_window",
+    "preview", "share", "total_windows", "train_windows", "windows_per_epoch", "worker_death", "worst_window",
 ]  # fmt: skip
 
 
@@ -229,21 +231,54 @@ def train_windows(
     Raises:
         UserError: from ``next``: a record is broken, or a worker was ended from outside.
     """
-    size, micro = recipe.batch.size, recipe.batch.micro if micro is None else micro
-    tasks = TrainTasks(
-        source, _policy(recipe), size, micro, recipe.seed, rank, num_ranks, start_window, end_window,
-        shapes_of(source) if recipe.data.group_by_shape else None,
-    )  # fmt: skip
+    micro = recipe.batch.micro if micro is None else micro
+    tasks = _tasks(recipe, source, micro, rank, num_ranks, start_window, end_window)
     device = torch.device(device)
     there = recipe.data.pixels == "device" or (recipe.data.pixels == "auto" and device.type == "cuda")
     stream = loader.batches(source, tasks, **_loading(recipe, mean, std), on_device=there)
     return ahead(loader.windows(stream, tasks), device)
 
 
+def _tasks(recipe: Recipe, source: Source, micro: int, rank: int, num_ranks: int, start: int, end: int) -> TrainTasks:
+    return TrainTasks(
+        source, _policy(recipe), recipe.batch.size, micro, recipe.seed, rank, num_ranks, start, end,
+        shapes_of(source) if recipe.data.group_by_shape else None, _strong(recipe, len(source)),
+    )  # fmt: skip
+
+
+def preview(
+    recipe: Recipe, source: Source, *, epoch: int = 0, images: int = 12, mean: tuple[float, ...], std: tuple[float, ...]
+) -> tuple[Image.Image, str]:
+    """What training will see in an epoch, from its first window on: a contact sheet, and what is on in that window.
+
+    Args:
+        epoch: the first one is 0.
+        images: how many to draw.
+        mean, std: of the model's backbone, three numbers on the 0..1 scale.
+    Raises:
+        UserError: the training has no such epoch, or an image cannot be decoded.
+    """
+    per_epoch, total = windows_per_epoch(len(source), recipe.batch.size), total_windows(recipe, len(source))
+    window, strong = epoch * per_epoch, _strong(recipe, len(source))
+    if not 0 <= window < total:
+        raise UserError(
+            f"there is no epoch {epoch}: the training ends in epoch {(total - 1) // per_epoch}; choose less"
+        )
+    on = {} if strong is None else strong.at(window).probabilities()
+    parts = [f"{name.replace('_', ' ')} {probability:g}" for name, probability in on.items()]
+    line = f"epoch {epoch} of {total / per_epoch:g}, beyond DETR's policy: {', '.join(parts) or 'nothing'}"
+    tasks = _tasks(recipe, source, 1, 0, 1, window, min(window + per_epoch, total))
+    return contact_sheet(source, tasks, tuple(mean), tuple(std), images, line), line
+
+
 def worst_window(recipe: Recipe, source: Source) -> tuple[tuple[int, int], int]:
     """What the most demanding window can hold: canvas (h, w) in pixels, and boxes in one image. Nothing is decoded."""
     sizes = (source.size_px(i) for i in range(len(source)))
-    return worst_canvas(sizes, _policy(recipe)), source.most_boxes()
+    canvas, most, strong = worst_canvas(sizes, _policy(recipe)), source.most_boxes(), _strong(recipe, len(source))
+    if strong is None:
+        return canvas, most
+    height, width = strong.worst_size(_policy(recipe))
+    return (max(canvas[0], height), max(canvas[1], width)), strong.most_boxes(most)
 
 
 def _policy(recipe: Recipe) -> Augmentation:
@@ -251,6 +286,29 @@ def _policy(recipe: Recipe) -> Augmentation:
     return Augmentation(
         a.flip, tuple(a.scales), a.max_size, a.crop, tuple(a.crop_scales), tuple(a.crop_size), a.scale_by
     )
+
+
+_STRONG = {
+    "photometric": augment.Photometric, "zoom_out": augment.ZoomOut, "iou_crop": augment.IouCrop,
+    "large_scale_jitter": augment.LargeScaleJitter, "mosaic": augment.Mosaic, "mixup": augment.Mixup,
+}  # fmt: skip
+
+
+def _strong(recipe: Recipe, num_images: int) -> augment.Strong | None:
+    """What goes beyond DETR's policy; None where all of it is off."""
+    sections = {name: getattr(recipe.data.augment, name) for name in _STRONG}
+    on = {name: _STRONG[name](**_plain(section)) for name, section in sections.items() if section.probability > 0}
+    return augment.Strong(total_windows(recipe, num_images), **on) if on else None
+
+
+def _plain(section) -> dict:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in section}
+
+
+def total_windows(recipe: Recipe, num_images: int) -> int:
+    """Length of a training in windows."""
+    per_epoch = windows_per_epoch(num_images, recipe.batch.size)
+    return recipe.schedule.steps or max(1, round(recipe.schedule.epochs * per_epoch))
 
 
 def eval_batches(

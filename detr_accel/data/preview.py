@@ -1,0 +1,92 @@
+"""A contact sheet of what a training will see: pixels as they reach the model, boxes as the loss will see them."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Iterable, Iterator
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from detr_accel.data.collate import make_batch
+from detr_accel.data.sampler import Task
+from detr_accel.data.source import Source
+from detr_accel.structures import Batch, Classes, Targets
+
+_SIDE = 360  # of a cell, in pixels
+_LINE = 15  # of a caption
+_PAPER, _INK = (255, 255, 255), (20, 20, 20)
+
+
+def contact_sheet(
+    source: Source,
+    tasks: Iterable[Task],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    images: int,
+    title: str,
+    columns: int = 4,
+) -> Image.Image:
+    """Draw the first images of some tasks.
+
+    Args:
+        mean, std: of the model's backbone, three numbers on the 0..1 scale.
+        images: how many; fewer where the tasks end.
+        title: the line above them.
+    Returns:
+        a picture; beneath each image its name, its size and which augmentations made it.
+    Raises:
+        UserError: an image cannot be decoded.
+    """
+    cells = [cell for cell, _ in zip(_cells(source, tasks, mean, std), range(images), strict=False)]
+    columns = max(1, min(columns, len(cells)))
+    rows = -(-len(cells) // columns)
+    height = _SIDE + 2 * _LINE + 6
+    sheet = Image.new("RGB", (columns * (_SIDE + 6) + 6, _LINE + 12 + rows * height), _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((6, 4), title, _INK, font=ImageFont.load_default(12))
+    for number, (picture, lines) in enumerate(cells):
+        x, y = 6 + number % columns * (_SIDE + 6), _LINE + 12 + number // columns * height
+        sheet.paste(picture, (x, y))
+        for row, line in enumerate(lines):
+            pen.text((x, y + picture.height + 1 + row * _LINE), line[:60], _INK, font=ImageFont.load_default(11))
+    return sheet
+
+
+def _cells(
+    source: Source, tasks: Iterable[Task], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Iterator[tuple[Image.Image, list[str]]]:
+    for task in tasks:
+        batch = make_batch(source, task, mean, std)
+        for row, (index, plan) in enumerate(zip(task.indices, task.plans, strict=True)):
+            targets = batch.targets[row]
+            h, w = targets.size_px
+            boxes = f"{len(targets.labels)} box{'es' * (len(targets.labels) != 1)}"
+            lines = [f"{source.name(index)}  {w}x{h}, {boxes}", ", ".join(plan.kinds) or "as DETR"]
+            yield _draw(_levels(batch, row, mean, std), targets, source.classes), lines
+
+
+def _levels(batch: Batch, row: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """uint8 [h, w, 3]: the un-padded image, normalisation taken back."""
+    h, w = batch.targets[row].size_px
+    m, s = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+    return ((batch.images[row, :, :h, :w] * s + m) * 255).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous()
+
+
+def _draw(pixels: Tensor, targets: Targets, classes: Classes) -> Image.Image:
+    picture = Image.fromarray(pixels.numpy())
+    ratio = _SIDE / max(picture.size)
+    picture = picture.resize((max(1, round(picture.width * ratio)), max(1, round(picture.height * ratio))))
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
+    for (cx, cy, w, h), label in zip(targets.boxes_cxcywh.tolist(), targets.labels.tolist(), strict=True):
+        corners = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
+        x0, y0, x1, y1 = (v * side for v, side in zip(corners, picture.size * 2, strict=True))
+        hue = label * 0.618 % 1  # the golden ratio: neighbours differ
+        colour = tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue, 1, 1))
+        pen.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colour, width=2)
+        name = classes.names[label] or str(label)
+        where = (x0 + 2, y0 + 1 if y0 < 12 else y0 - 12)
+        pen.rectangle(pen.textbbox(where, name, font=font), fill=(0, 0, 0))
+        pen.text(where, name, colour, font=font)
+    return picture
