@@ -188,7 +188,7 @@ def _preview(recipe, args) -> str:
     sheet, line = data.preview(
         recipe, data.build(recipe).train, epoch=args.epoch, images=args.images, mean=model.mean, std=model.std
     )
-    with writing(args.preview):
+    with writing(args.preview, ValueError):  # a suffix that is no format
         sheet.save(args.preview)
     return f"{line}\nwrote {args.preview}"
 

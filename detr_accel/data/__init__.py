@@ -261,9 +261,7 @@ def preview(
     per_epoch, total = windows_per_epoch(len(source), recipe.batch.size), total_windows(recipe, len(source))
     window, strong = epoch * per_epoch, _strong(recipe, len(source))
     if not 0 <= window < total:
-        raise UserError(
-            f"there is no epoch {epoch}: the training ends in epoch {(total - 1) // per_epoch}; choose less"
-        )
+        raise UserError(f"there is no epoch {epoch}: the training has the epochs 0 to {(total - 1) // per_epoch}")
     on = {} if strong is None else strong.at(window).probabilities()
     parts = [f"{name.replace('_', ' ')} {probability:g}" for name, probability in on.items()]
     line = f"epoch {epoch} of {total / per_epoch:g}, beyond DETR's policy: {', '.join(parts) or 'nothing'}"

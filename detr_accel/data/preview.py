@@ -16,6 +16,7 @@ from detr_accel.structures import Batch, Classes, Targets
 
 _SIDE = 360  # of a cell, in pixels
 _LINE = 15  # of a caption
+_CROWD = 10  # in an image with more boxes only those carry a name that have the width for it
 _PAPER, _INK = (255, 255, 255), (20, 20, 20)
 
 
@@ -41,17 +42,22 @@ def contact_sheet(
     """
     cells = [cell for cell, _ in zip(_cells(source, tasks, mean, std), range(images), strict=False)]
     columns = max(1, min(columns, len(cells)))
-    rows = -(-len(cells) // columns)
-    height = _SIDE + 2 * _LINE + 6
-    sheet = Image.new("RGB", (columns * (_SIDE + 6) + 6, _LINE + 12 + rows * height), _PAPER)
-    pen = ImageDraw.Draw(sheet)
-    pen.text((6, 4), title, _INK, font=ImageFont.load_default(12))
-    for number, (picture, lines) in enumerate(cells):
-        x, y = 6 + number % columns * (_SIDE + 6), _LINE + 12 + number // columns * height
-        sheet.paste(picture, (x, y))
-        for row, line in enumerate(lines):
-            pen.text((x, y + picture.height + 1 + row * _LINE), line[:60], _INK, font=ImageFont.load_default(11))
+    rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
+    heights = [max(picture.height for picture, _ in row) + 2 * _LINE + 10 for row in rows]
+    sheet = Image.new("RGB", (columns * (_SIDE + 6) + 6, _LINE + 12 + sum(heights)), _PAPER)
+    ImageDraw.Draw(sheet).text((6, 4), title, _INK, font=ImageFont.load_default(12))
+    for number, row in enumerate(rows):
+        for column, cell in enumerate(row):
+            _paste(sheet, cell, 6 + column * (_SIDE + 6), _LINE + 12 + sum(heights[:number]))
     return sheet
+
+
+def _paste(sheet: Image.Image, cell: tuple[Image.Image, list[str]], x: int, y: int) -> None:
+    picture, lines = cell
+    sheet.paste(picture, (x, y))
+    for number, line in enumerate(lines):
+        where = (x, y + picture.height + 1 + number * _LINE)
+        ImageDraw.Draw(sheet).text(where, line[:60], _INK, font=ImageFont.load_default(11))
 
 
 def _cells(
@@ -81,12 +87,13 @@ def _draw(pixels: Tensor, targets: Targets, classes: Classes) -> Image.Image:
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
     for (cx, cy, w, h), label in zip(targets.boxes_cxcywh.tolist(), targets.labels.tolist(), strict=True):
         corners = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
-        x0, y0, x1, y1 = (v * side for v, side in zip(corners, picture.size * 2, strict=True))
+        x0, y0, x1, y1 = (round(v * side) for v, side in zip(corners, picture.size * 2, strict=True))
         hue = label * 0.618 % 1  # the golden ratio: neighbours differ
         colour = tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue, 1, 1))
         pen.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colour, width=2)
         name = classes.names[label] or str(label)
-        where = (x0 + 2, y0 + 1 if y0 < 12 else y0 - 12)
-        pen.rectangle(pen.textbbox(where, name, font=font), fill=(0, 0, 0))
-        pen.text(where, name, colour, font=font)
+        if len(targets.labels) <= _CROWD or pen.textlength(name, font=font) <= x1 - x0:
+            where = (x0 + 2, y0 + 1 if y0 < 12 else y0 - 12)
+            pen.rectangle(pen.textbbox(where, name, font=font), fill=colour)
+            pen.text(where, name, (0, 0, 0) if sum(colour) > 300 else (255, 255, 255), font=font)
     return picture
