@@ -65,6 +65,11 @@ class Data(Section):
     group_by_shape: bool = False
     """A window holds tall, square or wide images, so that they do not pad each other: less memory and time, and the
     same number of windows. Still random: the order within a shape and of the windows is drawn for each epoch."""
+    cache: Literal["none", "ram", "disk"] = "none"
+    """Keep decoded images, no larger than they are needed, for the next epochs and runs. ``disk``: in cache_folder.
+    ``ram``: in memory, shared by all processes, until the run ends. An epoch then reads no file and decodes nothing."""
+    cache_folder: Text | None = None
+    """Where ``cache: disk`` lies; null: ~/.cache/detr_accel. A changed file or size makes another; delete at will."""
     pixels: Literal["auto", "workers", "device"] = "auto"
     """Where training images are resized and normalised. ``device``: on the training device, so that workers only read
     and decode. ``auto``: there on a GPU, else in the workers."""

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from detr_accel.data import augment, coco_json, layout, loader
+from detr_accel.data import augment, cache, coco_json, first_recipe, layout, loader
 from detr_accel.data import source as seeds
 from detr_accel.data.coco import CocoSource, classes_like, classes_of
+from detr_accel.data.cost import ImageCost, image_cost
 from detr_accel.data.device import PlannedBatch, ahead
-from detr_accel.data.geometry import Augmentation, worst_canvas
+from detr_accel.data.geometry import Augmentation, largest_first, resized, worst_canvas
 from detr_accel.data.images import ImageFiles
 from detr_accel.data.loader import worker_death
 from detr_accel.data.preview import contact_sheet
@@ -25,8 +26,10 @@ from detr_accel.recipe import Recipe
 from detr_accel.structures import Batch, Classes, UserError
 
 __all__ = [
-    "ImageFiles", "PlannedBatch", "Source", "Splits", "Subset", "build", "describe", "eval_batches", "eval_source",
-    "preview", "share", "total_windows", "train_windows", "windows_per_epoch", "worker_death", "worst_window",
+    "ImageCost", "ImageFiles", "PlannedBatch", "Source", "Splits", "Subset", "build", "cost", "describe",
+    "eval_batches", "eval_source",
+    "first_recipe_for", "preview", "share", "total_windows", "train_windows", "windows_per_epoch", "with_cache",
+    "worker_death", "worst_window",
 ]  # fmt: skip
 
 
@@ -234,8 +237,7 @@ def train_windows(
     micro = recipe.batch.micro if micro is None else micro
     tasks = _tasks(recipe, source, micro, rank, num_ranks, start_window, end_window)
     device = torch.device(device)
-    there = recipe.data.pixels == "device" or (recipe.data.pixels == "auto" and device.type == "cuda")
-    stream = loader.batches(source, tasks, **_loading(recipe, mean, std), on_device=there)
+    stream = loader.batches(source, tasks, **_loading(recipe, mean, std), on_device=_on_device(recipe, device))
     return ahead(loader.windows(stream, tasks), device)
 
 
@@ -267,6 +269,59 @@ def preview(
     line = f"epoch {epoch} of {total / per_epoch:g}, beyond DETR's policy: {', '.join(parts) or 'nothing'}"
     tasks = _tasks(recipe, source, 1, 0, 1, window, min(window + per_epoch, total))
     return contact_sheet(source, tasks, tuple(mean), tuple(std), images, line), line
+
+
+def first_recipe_for(root: Path, name: str) -> tuple[str, list[str]]:
+    """A recipe for a COCO folder, and what was found in it.
+
+    Raises:
+        UserError: as in ``build``.
+    """
+    splits = build(Recipe.model_validate({"data": {"root": str(root)}}))
+    return first_recipe.write(first_recipe.facts(splits.train, splits.val), name, str(root)), splits.found
+
+
+def with_cache(recipe: Recipe, splits: Splits, quiet: bool = False) -> Splits:
+    """The same splits with their images in a cache, where the recipe asks for one; built first where it is not there.
+
+    Raises:
+        UserError: no room for it.
+    """
+    d = recipe.data
+    if d.cache == "none":
+        return splits
+    from tqdm import tqdm
+
+    policy, strong = _policy(recipe), _strong(recipe, len(splits.train))
+    whole = strong is not None and strong.crops_originals()
+
+    def progress(items, total):
+        return tqdm(items, "cache", total, disable=True if quiet else None, leave=False, delay=2)
+
+    folder = Path(d.cache_folder or "~/.cache/detr_accel")
+    train, one = cache.cached(
+        splits.train, d.cache, folder, lambda size: size if whole else largest_first(size, policy),
+        exact=False, workers=d.workers, progress=progress,
+        settings=("train", policy.scales, policy.max_size, policy.crop > 0, policy.crop_scales, *["whole"] * whole),
+    )  # fmt: skip
+    val, two = cache.cached(
+        splits.val, d.cache, folder, lambda size: resized(size, d.eval_size, d.eval_max_size), exact=True,
+        settings=("val", d.eval_size, d.eval_max_size), workers=d.workers, progress=progress,
+    )  # fmt: skip
+    return replace(splits, train=train, val=val, found=[*splits.found, one, two])
+
+
+def cost(recipe: Recipe, source: Source, mean: tuple[float, ...], std: tuple[float, ...], device) -> ImageCost:
+    """What a loader process spends on a training image."""
+    tasks = TrainTasks(
+        source, _policy(recipe), 4, 4, recipe.seed, 0, 1, 0, min(12, windows_per_epoch(len(source), 4)),
+        strong=_strong(recipe, len(source)),
+    )  # fmt: skip
+    return image_cost(tasks, mean, std, _on_device(recipe, torch.device(device)))
+
+
+def _on_device(recipe: Recipe, device: torch.device) -> bool:
+    return recipe.data.pixels == "device" or (recipe.data.pixels == "auto" and device.type == "cuda")
 
 
 def worst_window(recipe: Recipe, source: Source) -> tuple[tuple[int, int], int]:

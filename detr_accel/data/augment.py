@@ -100,6 +100,10 @@ class Strong:
             side = max(side, self.large_scale_jitter.size or 0)
         return side, side
 
+    def crops_originals(self) -> bool:
+        """Whether a plan may cut out of the image at its own size, so that no smaller copy will do."""
+        return _may(self.iou_crop) or _may(self.large_scale_jitter)
+
     def most_boxes(self, of_one: int) -> int:
         """The greatest number of boxes in one image of a batch, where an image of the source has at most ``of_one``."""
         return of_one * ((4 if _may(self.mosaic) else 1) + _may(self.mixup))

@@ -19,7 +19,8 @@ from detr_accel.data.geometry import Plan
 def transform(image: np.ndarray, plan: Plan) -> Tensor:
     """
     Args:
-        image: uint8 [H, W, 3] of ``plan.orig_px``, or a smaller decoding of it that no step makes larger again.
+        image: uint8 [H, W, 3] of ``plan.orig_px``, or a smaller decoding of it that no step makes larger again; never
+            smaller where the first step is a crop.
     Returns:
         uint8 [3, h, w] of ``plan.inner_px``.
     """
@@ -34,6 +35,12 @@ def transform(image: np.ndarray, plan: Plan) -> Tensor:
         pixels = pixels[:, top : top + height, left : left + width]
     pixels = resize(pixels, plan.inner_px)
     return pixels.flip(-1) if plan.flip else pixels
+
+
+def resized(image: np.ndarray, size_px: tuple[int, int], exact: bool) -> np.ndarray:
+    """uint8 [H, W, 3] -> uint8 [h, w, 3]."""
+    pixels = torch.from_numpy(image).permute(2, 0, 1)
+    return (_pillow if exact else _fast)(pixels, size_px).permute(1, 2, 0).numpy()
 
 
 def _fast(pixels: Tensor, size_px: tuple[int, int]) -> Tensor:

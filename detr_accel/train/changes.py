@@ -28,6 +28,8 @@ RULES = {
     "data.val_fraction": FORBIDDEN,  # the split is saved with the run
     "data.workers": SAFE,
     "data.prefetch": SAFE,
+    "data.cache": SAFE,
+    "data.cache_folder": SAFE,
     "data.pixels": SAFE,  # the same pictures to one of 255 steps
     "data.shapes": FORBIDDEN,
     "model": FORBIDDEN,

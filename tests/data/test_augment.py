@@ -455,5 +455,21 @@ def test_a_source_tells_its_boxes_without_an_image(write_split, recipe_for, tmp_
     assert np.array_equal(Subset(shapes, [3]).boxes_xyxy_px(0), shapes.boxes_xyxy_px(3))
 
 
+@pytest.mark.parametrize("name", list(ON))
+def test_a_cache_keeps_what_a_crop_needs(name, tmp_path):
+    """Images from a cache, smaller where they may be, give the same boxes and near the same pixels."""
+    text = "data: {format: shapes, cache: disk, cache_folder: '%s', workers: 0, shapes: {num_train: 12, num_val: 2},"
+    text += " augment: {scales: [48], max_size: 64, crop: 0, %s: {probability: 1.0}}, eval_size: 48}"
+    recipe = recipes.loads(text % (tmp_path, name))
+    splits = data.build(recipe)
+    cached = data.with_cache(recipe, splits, quiet=True).train
+    smaller = cached.sample(0).image.shape[0] < splits.train.size_px(0)[0]
+    assert smaller == (name not in ("iou_crop", "large_scale_jitter"))
+    for task in data._tasks(recipe, splits.train, 4, 0, 1, 0, 3):
+        one, other = (make_batch(source, task, (0.0,) * 3, (1.0,) * 3) for source in (splits.train, cached))
+        assert all(torch.equal(a.boxes_cxcywh, b.boxes_cxcywh) for a, b in zip(one.targets, other.targets, strict=True))
+        assert (one.images - other.images).abs().mean() < 0.02
+
+
 def test_the_mean_fills_with_whole_levels():
     assert mean_levels(MEAN).flatten().tolist() == [124.0, 116.0, 104.0]
