@@ -129,6 +129,19 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--threshold", type=float, default=None, help="least score (default: the checkpoint's best F1)")
     _model_options(p)
 
+    p = verb(
+        "plan", _plan, "memory and batch of a recipe before a run, without a GPU; recipe keys can be set as key=value",
+        overrides=True,
+    )  # fmt: skip
+    p.add_argument("recipe", help="YAML file")
+    p.add_argument("--memory", required=True, help="of one device, with its unit: 16GiB, 16GB, 16384MiB")
+    p.add_argument("--devices", type=int, default=1, metavar="N", help="training processes, one a device (default: 1)")
+    p.add_argument("--precision", choices=["no", "bf16", "fp16"], help="default: the recipe's, or float32")
+    p.add_argument(
+        "--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: a GPU, unless the recipe says cpu"
+    )
+    p.add_argument("--json", action="store_true")
+
     p = verb("replay", _replay, "run a captured window that was not finite again, and say what made it fail")
     p.add_argument("capture", help="runs/NAME/captures/window-XXXXXXXX, or a run with one capture")
     p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
@@ -239,6 +252,17 @@ def _predict(args, _) -> int:
     )  # fmt: skip
     print(json.dumps(summary, indent=1) if args.json else "\n".join(summary["notes"]))
     return 1 if summary["skipped"] else 0
+
+
+def _plan(args, overrides) -> int:
+    from detr_accel.train import plan, plan_report
+
+    found = plan.plan(
+        recipes.load(args.recipe, overrides), plan.parse_memory(args.memory), devices=args.devices,
+        precision=args.precision, device=args.device, quiet=args.json,
+    )  # fmt: skip
+    print(json.dumps(plan_report.to_json(found), indent=1) if args.json else "\n".join(plan_report.lines(found)))
+    return 0 if found.fits else 1
 
 
 def _replay(args, _) -> int:

@@ -15,7 +15,7 @@ from detr_accel.data import source as seeds
 from detr_accel.data.coco import CocoSource, classes_like, classes_of
 from detr_accel.data.cost import ImageCost, image_cost
 from detr_accel.data.device import PlannedBatch, ahead
-from detr_accel.data.geometry import Augmentation, largest_first, resized, worst_canvas
+from detr_accel.data.geometry import Augmentation, eval_plan, largest_first, resized, worst_canvas
 from detr_accel.data.images import ImageFiles
 from detr_accel.data.loader import worker_death
 from detr_accel.data.preview import contact_sheet
@@ -26,10 +26,9 @@ from detr_accel.recipe import Recipe
 from detr_accel.structures import Batch, Classes, UserError
 
 __all__ = [
-    "ImageCost", "ImageFiles", "PlannedBatch", "Source", "Splits", "Subset", "build", "cost", "describe",
-    "eval_batches", "eval_source",
-    "first_recipe_for", "preview", "share", "total_windows", "train_windows", "windows_per_epoch", "with_cache",
-    "worker_death", "worst_window",
+    "Demands", "ImageCost", "ImageFiles", "PlannedBatch", "Source", "Splits", "Subset", "build", "cost", "demands",
+    "describe", "eval_batches", "eval_source", "first_recipe_for", "is_there", "preview", "share", "total_windows",
+    "train_windows", "windows_per_epoch", "with_cache", "worker_death", "worst_window",
 ]  # fmt: skip
 
 
@@ -326,12 +325,63 @@ def _on_device(recipe: Recipe, device: torch.device) -> bool:
 
 def worst_window(recipe: Recipe, source: Source) -> tuple[tuple[int, int], int]:
     """What the most demanding window can hold: canvas (h, w) in pixels, and boxes in one image. Nothing is decoded."""
-    sizes = (source.size_px(i) for i in range(len(source)))
-    canvas, most, strong = worst_canvas(sizes, _policy(recipe)), source.most_boxes(), _strong(recipe, len(source))
-    if strong is None:
-        return canvas, most
-    height, width = strong.worst_size(_policy(recipe))
-    return (max(canvas[0], height), max(canvas[1], width)), strong.most_boxes(most)
+    canvas = _with_strong(recipe, worst_canvas(_sizes(source), _policy(recipe)))
+    strong = _strong(recipe, len(source))
+    return canvas, source.most_boxes() if strong is None else strong.most_boxes(source.most_boxes())
+
+
+def _with_strong(recipe: Recipe, canvas_px: tuple[int, int]) -> tuple[int, int]:
+    """A canvas that also holds what the stronger augmentations make."""
+    strong = _strong(recipe, 1)
+    height, width = (0, 0) if strong is None else strong.worst_size(_policy(recipe))
+    return max(canvas_px[0], height), max(canvas_px[1], width)
+
+
+@dataclass(frozen=True)
+class Demands:
+    """The largest shapes that a recipe's data can bring. Sizes are (h, w) in pixels."""
+
+    canvas_px: tuple[int, int]  # of a training window
+    most_boxes: int  # in one training image
+    eval_canvas_px: tuple[int, int]
+    num_classes: int
+    num_images: int | None  # in the training split; None: not known
+    assumed: bool  # the data were not there, so these are what any data could bring
+
+
+def is_there(recipe: Recipe) -> bool:
+    """Whether there is a data set to look at; one that is broken counts as there, and is refused when it is opened."""
+    d = recipe.data
+    if d.format != "coco":
+        return True
+    root = Path(d.root).expanduser() if d.root is not None else Path()
+    return root.exists() if d.train_annotations is None else (root / Path(d.train_annotations).expanduser()).exists()
+
+
+def demands(recipe: Recipe, splits: Splits | None) -> Demands:
+    """
+    Args:
+        splits: of ``build``; None: the data are not there. Then every image may have any shape, so that a window's
+            canvas is ``max_size`` both ways, and one has as many boxes as there are queries; there are COCO's 80
+            classes.
+    """
+    a, d = recipe.data.augment, recipe.data
+    if splits is None:
+        long = d.eval_max_size
+        eval_canvas = (long, long) if recipe.evaluate.batch > 1 else (min(d.eval_size, long), long)
+        canvas = _with_strong(recipe, (a.max_size, a.max_size))
+        return Demands(canvas, recipe.model.num_queries, eval_canvas, 80, None, True)
+    canvas, most_boxes = worst_window(recipe, splits.train)
+    sizes = [eval_plan(s, d.eval_size, d.eval_max_size).size_px for s in {*_sizes(splits.val)}]
+    if recipe.evaluate.batch > 1:
+        eval_canvas = max(h for h, _ in sizes), max(w for _, w in sizes)
+    else:
+        eval_canvas = max(sizes, key=lambda size: size[0] * size[1])
+    return Demands(canvas, most_boxes, eval_canvas, len(splits.train.classes), len(splits.train), False)
+
+
+def _sizes(source: Source) -> Iterator[tuple[int, int]]:
+    return (source.size_px(i) for i in range(len(source)))
 
 
 def _policy(recipe: Recipe) -> Augmentation:
@@ -341,21 +391,8 @@ def _policy(recipe: Recipe) -> Augmentation:
     )
 
 
-_STRONG = {
-    "photometric": augment.Photometric, "zoom_out": augment.ZoomOut, "iou_crop": augment.IouCrop,
-    "large_scale_jitter": augment.LargeScaleJitter, "mosaic": augment.Mosaic, "mixup": augment.Mixup,
-}  # fmt: skip
-
-
 def _strong(recipe: Recipe, num_images: int) -> augment.Strong | None:
-    """What goes beyond DETR's policy; None where all of it is off."""
-    sections = {name: getattr(recipe.data.augment, name) for name in _STRONG}
-    on = {name: _STRONG[name](**_plain(section)) for name, section in sections.items() if section.probability > 0}
-    return augment.Strong(total_windows(recipe, num_images), **on) if on else None
-
-
-def _plain(section) -> dict:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in section}
+    return augment.strong_of(total_windows(recipe, num_images), recipe.data.augment.model_dump())
 
 
 def total_windows(recipe: Recipe, num_images: int) -> int:

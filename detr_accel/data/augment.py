@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -107,6 +108,27 @@ class Strong:
     def most_boxes(self, of_one: int) -> int:
         """The greatest number of boxes in one image of a batch, where an image of the source has at most ``of_one``."""
         return of_one * ((4 if _may(self.mosaic) else 1) + _may(self.mixup))
+
+
+KINDS = {
+    "photometric": Photometric, "zoom_out": ZoomOut, "iou_crop": IouCrop, "large_scale_jitter": LargeScaleJitter,
+    "mosaic": Mosaic, "mixup": Mixup,
+}  # fmt: skip
+
+
+def strong_of(total_windows: int, settings: dict[str, Any]) -> Strong | None:
+    """
+    Args:
+        settings: for each of ``KINDS`` a dict of its fields; other keys are passed over.
+    Returns:
+        None where all of it is off.
+    """
+    on = {
+        name: kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings[name].items()})
+        for name, kind in KINDS.items()
+        if settings[name]["probability"] > 0
+    }
+    return Strong(total_windows, **on) if on else None
 
 
 def _may(one: Scheduled | None) -> bool:

@@ -19,7 +19,7 @@ from detr_accel import data, models, monitor
 from detr_accel import recipe as recipes
 from detr_accel.recipe import Recipe
 from detr_accel.structures import Batch, StepStats, UserError
-from detr_accel.train import launch, memory_fit, parts, resuming, validation
+from detr_accel.train import launch, memory_fit, parts, plan, resuming, validation
 from detr_accel.train.agree import everywhere, on_main
 from detr_accel.train.capture import Captures
 from detr_accel.train.checkpoint import State
@@ -88,6 +88,8 @@ def _train(recipe: Recipe, accelerator: Accelerator, run: RunFolder, resume: boo
             start_window=state.window, fingerprint=fingerprints, wandb_run_id=state.wandb_run_id, parent=state.parent,
         )  # fmt: skip
         with sinks:
+            notes += sinks.phases.expect(plan.at_start(built, state.micro, state.checkpointed))
+            built.runner.phases = sinks.phases
             for line in [*splits.found, *built.loaded, *notes, launch.describe(accelerator), arithmetic]:
                 sinks.say(line)
             finished = _windows(built, run, state, sinks, stop)
@@ -130,6 +132,7 @@ def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal
     )  # fmt: skip
     for micro_batches, wait_seconds, failure in _timed(windows):
         begun = time.perf_counter()
+        sinks.phases.watch((state.window + 1) % recipe.log.every == 0 or state.window + 1 == built.length.total)
         built.optimizer.zero_grad(set_to_none=True)
         micro_batches, result = turn.run(micro_batches, failure)
         if result.failure is not None:
@@ -140,7 +143,9 @@ def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal
             return False
         lr = set_lr(built.optimizer, parts.lr_factor(built, state))
         state.window += 1
+        sinks.phases.begin("optimizer")
         accepted = turn.commit(state, result, micro_batches)
+        sinks.phases.begin(None)
         stats = _stats(result, state, built.length, lr, accepted, time.perf_counter() - begun, wait_seconds)
         sinks.tick(stats)
         if state.window % recipe.log.every == 0 or state.window == built.length.total or not result.finite:

@@ -147,9 +147,11 @@ def seed_everything(seed: int, deterministic: bool) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-def batch_arithmetic(size: int, micro: int, num_ranks: int, num_images: int) -> str:
+def batch_arithmetic(size: int, micro: int, num_ranks: int, num_images: int | None) -> str:
     """The line that says how a window is cut.
 
+    Args:
+        num_images: in the training split; None where that is not known.
     Raises:
         UserError: fewer images in a window than processes.
     """
@@ -165,6 +167,8 @@ def batch_arithmetic(size: int, micro: int, num_ranks: int, num_images: int) -> 
         cut = f"{processes} x {times} micro-batch{'es' * (times > 1)} x {micro} image{'s' * (micro > 1)}"
     else:
         cut = f"{processes} with {', '.join(map(str, shares))}, in micro-batches of at most {micro}"
+    if num_images is None:
+        return f"batch: {size} images per step = {cut}"
     windows = data.windows_per_epoch(num_images, size)
     last = num_images - (windows - 1) * size
     tail = f", the last with {last} image{'s' * (last > 1)}" if last != size else ""

@@ -18,6 +18,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from detr_accel.monitor import memory
 from detr_accel.structures import Batch, UserError
 from detr_accel.train.forward_state import ForwardState
 from detr_accel.train.reduce import GradientReducer, all_reduce_sum
@@ -100,6 +101,7 @@ class WindowRunner:
         self.loss_names = [*loss_names, "loss"]
         self.seed = seed
         self.overlap = overlap and accelerator.num_processes > 1
+        self.phases = memory.Phases(accelerator.device, on=False)  # the loop brings one that reports
 
     def run(
         self, micro_batches: Sequence[Batch], *, all_share: bool = True, requests: Requests | None = None
@@ -188,8 +190,10 @@ class WindowRunner:
         """Forward, match, loss, backward; adds the detached terms and the ids of unmatched images to ``share``."""
         seed_dropout(self.seed, batch)
         batch = batch.to(self.accelerator.device, non_blocking=True)
+        self.phases.begin("forward")
         outputs = self.model(batch.images, batch.mask)
         result = self.criterion(outputs, batch.targets, counts)
+        self.phases.begin("backward")
         # under overlap DistributedDataParallel averages over processes; ours is a sum
         self.accelerator.backward(result.total * scale)
         share.totals.append(result.total.detach())

@@ -349,7 +349,7 @@ def test_default_is_detrs_policy_and_a_recipe_says_when():
         ["photometric"], [], [],
     ]  # fmt: skip
     names = {f.name for f in fields(augment.Strong)} - {"total_windows"}
-    assert names == set(data._STRONG) == {n for n in type(plain.data.augment).model_fields if n in names}
+    assert names == set(augment.KINDS) == {n for n in type(plain.data.augment).model_fields if n in names}
 
 
 @pytest.mark.parametrize(("name", "more"), [*((name, "") for name in ON), ("large_scale_jitter", ", size: 170")])
