@@ -100,14 +100,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--branch", type=Path, metavar="RUN", help="begin from the last checkpoint of another run, as a run of its own"
     )
+    _rehearse_options(p)
 
     p = verb("check-data", _check_data, "look at what training will see; recipe keys can be set", overrides=True)
     p.add_argument("recipe", help="YAML file")
-    p.add_argument(
-        "--preview", type=Path, required=True, metavar="OUT.png", help="write a contact sheet with the boxes"
-    )
-    p.add_argument("--epoch", type=int, default=0, help="of the training; the first one is 0")
-    p.add_argument("--images", type=int, default=12, help="how many to draw (default: 12)")
+    _preview_options(p)
 
     p = verb("start", _start, "write a first recipe for a data set, each line with its reason")
     p.add_argument("folder", type=Path, help="a COCO folder")
@@ -177,6 +174,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _rehearse_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--rehearse", action="store_true",
+        help="before a long run: check data, memory, learning, saving, resuming, W&B, disk and time in minutes, in a "
+        "folder of its own; exit code 0: safe to leave, 1: not, and why",
+    )  # fmt: skip
+    p.add_argument("--rehearse-minutes", type=float, default=10.0, metavar="M", help="about how long (default: 10)")
+    p.add_argument("--rehearsal-job", type=Path, help=argparse.SUPPRESS)  # a rehearsal's own children
+
+
+def _preview_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--preview", type=Path, required=True, metavar="OUT.png", help="write a contact sheet with the boxes"
+    )
+    p.add_argument("--epoch", type=int, default=0, help="of the training; the first one is 0")
+    p.add_argument("--images", type=int, default=12, help="how many to draw (default: 12)")
+
+
 def _model_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--decoder-layers", type=int, metavar="N", help="use only the first N decoder layers: faster, a little less AP"
@@ -190,9 +205,24 @@ def _train(args, overrides) -> int:
     from detr_accel.train.loop import train
 
     resume = "auto" if args.resume == "auto" else args.resume == "yes"
-    train(recipes.load(args.recipe, overrides), runs=args.runs, resume=resume, branch=args.branch)
+    recipe = recipes.load(args.recipe, overrides)
+    if args.rehearse or args.rehearsal_job:
+        return _rehearse(args, recipe, resume)
+    train(recipe, runs=args.runs, resume=resume, branch=args.branch)
     launch.leave()
     return 0
+
+
+def _rehearse(args, recipe, resume) -> int:
+    from detr_accel.train import launch, rehearsal
+
+    if args.rehearsal_job:
+        rehearsal.job(recipe, args.rehearsal_job, args.runs, resume)
+        launch.leave()
+        return 0
+    if resume or args.branch:
+        raise UserError("--rehearse rehearses a fresh start: leave --resume and --branch out")
+    return rehearsal.main(recipe, args.runs, args.rehearse_minutes)
 
 
 def _check_data(args, overrides) -> int:

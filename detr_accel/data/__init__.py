@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
-from detr_accel.data import augment, cache, coco_json, first_recipe, layout, loader
-from detr_accel.data import source as seeds
+from detr_accel.data import augment, cache, coco_json, first_recipe, layout, loader, splitting
 from detr_accel.data.coco import CocoSource, classes_like, classes_of
+from detr_accel.data.collate import make_batch
 from detr_accel.data.cost import ImageCost, image_cost
 from detr_accel.data.device import PlannedBatch, ahead
-from detr_accel.data.geometry import Augmentation, eval_plan, largest_first, resized, worst_canvas
+from detr_accel.data.geometry import Augmentation, canvas, eval_plan, largest_first, resized, worst_canvas
 from detr_accel.data.images import ImageFiles
 from detr_accel.data.loader import worker_death
-from detr_accel.data.preview import contact_sheet
-from detr_accel.data.sampler import EvalTasks, TrainTasks, shapes_of, share, windows_per_epoch
+from detr_accel.data.preview import epoch_sheet
+from detr_accel.data.sampler import EvalTasks, Task, TrainTasks, shapes_of, share, windows_per_epoch
 from detr_accel.data.shapes import ShapesSource
 from detr_accel.data.source import Source, Subset
+from detr_accel.data.splitting import describe
 from detr_accel.recipe import Recipe
 from detr_accel.structures import Batch, Classes, UserError
 
 __all__ = [
-    "Demands", "ImageCost", "ImageFiles", "PlannedBatch", "Source", "Splits", "Subset", "build", "cost", "demands",
-    "describe", "eval_batches", "eval_source", "first_recipe_for", "is_there", "preview", "share", "total_windows",
+    "Demands", "ImageCost", "ImageFiles", "PlannedBatch", "Source", "Splits", "Subset", "build", "cache_room", "cost",
+    "demands", "describe", "eval_batches", "eval_source", "first_recipe_for", "is_there", "preview", "share",
+    "still_window", "total_windows",
     "train_windows", "windows_per_epoch", "with_cache", "worker_death", "worst_window",
 ]  # fmt: skip
 
@@ -42,15 +43,17 @@ class Splits:
     split_json: dict | None = None  # the image ids of each split, where one json was cut in two
 
 
-def build(recipe: Recipe, split_json: dict | None = None) -> Splits:
+def build(recipe: Recipe, split_json: dict | None = None, max_val_images: int | None = None) -> Splits:
     """Open the data set of a recipe.
 
     Args:
         split_json: a split saved before (``Splits.split_json``); otherwise one is drawn from the seed where needed.
+        max_val_images: a rehearsal evaluates on so many images of the validation split; None takes all.
     Raises:
         UserError: something is missing or broken; names file, record and value.
     """
-    return _FORMATS[recipe.data.format](recipe, split_json)
+    splits = _FORMATS[recipe.data.format](recipe, split_json)
+    return splits if max_val_images is None else replace(splits, val=splits.val.head(max_val_images))
 
 
 def _build_shapes(recipe: Recipe, _: dict | None) -> Splits:
@@ -80,10 +83,16 @@ def _build_coco(recipe: Recipe, split_json: dict | None) -> Splits:
             raise UserError(f"{root} has jsons for {there} but none to train on: set data.train_annotations")
     train = _open(train_json, root, "train", _explicit(root, d.train_images))
     if val_json is None:
-        return _cut(train, split_json or _draw_split(train, d.val_fraction, recipe.seed))
+        return _cut(train, split_json or splitting.draw_split(train, d.val_fraction, recipe.seed))
     val = _open(val_json, root, "val", _explicit(root, d.val_images), train.classes)
-    _check_targets(train)
-    lines = [_line("train", train), _line("val", val), *_shared_files(train, val), *_unused(train), *_no_boxes(val)]
+    splitting.check_targets(train)
+    lines = [
+        splitting.line("train", train),
+        splitting.line("val", val),
+        *splitting.shared_files(train, val),
+        *splitting.unused(train),
+        *splitting.no_boxes(val),
+    ]
     return Splits(train, val, lines)
 
 
@@ -106,75 +115,21 @@ def _open(json_path: Path, root: Path, split: str, images: Path | None, like: Cl
     return CocoSource(table, folder, paths, classes_of(table) if like is None else classes_like(like, table))
 
 
-def _draw_split(source: CocoSource, val_fraction: float, seed: int) -> dict:
-    """A function of the seed and the set of image ids, whatever their order in the file."""
-    ids = np.sort(source.table.image_ids)
-    if len(ids) < 2:
-        raise UserError(f"{source.table.path} lists one image: a training and a validation split need two")
-    num_val = min(max(1, round(len(ids) * val_fraction)), len(ids) - 1)
-    order = seeds.generator(seed, seeds.SPLIT).permutation(len(ids))
-    parts = {"train": ids[np.sort(order[num_val:])], "val": ids[np.sort(order[:num_val])]}
-    return {"seed": seed, "val_fraction": val_fraction, **{name: part.tolist() for name, part in parts.items()}}
-
-
 def _cut(source: CocoSource, split_json: dict) -> Splits:
     row_of = {image_id: row for row, image_id in enumerate(source.table.image_ids.tolist())}
     gone = [i for name in ("train", "val") for i in split_json[name] if i not in row_of]
     if gone:
         raise UserError(f"{source.table.path} no longer has image {gone[0]} of the saved split ({len(gone)} are gone)")
     train, val = (source.subset(sorted(row_of[i] for i in split_json[name])) for name in ("train", "val"))
-    _check_targets(train)
+    splitting.check_targets(train)
     new = len(row_of) - len(train) - len(val)
     lines = [
         f"data: one json, cut by seed {split_json['seed']} into train and val (the split is saved with the run)",
-        _line("train", train), _line("val", val), *_unused(train), *_no_boxes(val),
+        splitting.line("train", train), splitting.line("val", val), *splitting.unused(train), *splitting.no_boxes(val),
     ]  # fmt: skip
     if new:
         lines.append(f"data: {new} images came after the split was saved; they are in neither part")
     return Splits(train, val, lines, split_json)
-
-
-def _line(split: str, source: CocoSource) -> str:
-    return f"data: {split}: {describe(source)}"
-
-
-def describe(source: Source) -> str:
-    """Which images these are, in one line."""
-    if isinstance(source, CocoSource):
-        return f"{source.describe()}; {source.table.path}, images in {source.folder}"
-    return f"{len(source)} procedural shapes"
-
-
-def _unused(train: CocoSource) -> list[str]:
-    used = set(np.unique(train.table.category_ids).tolist())
-    names = [n for c, n in train.table.categories.items() if c not in used]
-    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    return [f"data: {len(names)} classes have no box in the training json: {shown}"] if names else []
-
-
-def _check_targets(train: CocoSource) -> None:
-    """
-    Raises:
-        UserError: not one box to learn from.
-    """
-    if train.num_targets() == 0:
-        raise UserError(
-            f"{train.table.path}: no image of the training split has a box that could be learned from "
-            f"({train.describe()}): add annotations, or set data.train_annotations to the right json"
-        )
-
-
-def _no_boxes(val: CocoSource) -> list[str]:
-    if val.num_targets():
-        return []
-    return [f"data: warning: the validation split has no boxes ({val.table.path}), so its metrics will be empty"]
-
-
-def _shared_files(train: CocoSource, val: CocoSource) -> list[str]:
-    if train.folder != val.folder:
-        return []
-    num = len({train.name(i) for i in range(len(train))} & {val.name(i) for i in range(len(val))})
-    return [f"data: warning: {num} images are in both splits, so the validation figures will flatter"] if num else []
 
 
 def eval_source(
@@ -250,24 +205,9 @@ def _tasks(recipe: Recipe, source: Source, micro: int, rank: int, num_ranks: int
 def preview(
     recipe: Recipe, source: Source, *, epoch: int = 0, images: int = 12, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> tuple[Image.Image, str]:
-    """What training will see in an epoch, from its first window on: a contact sheet, and what is on in that window.
-
-    Args:
-        epoch: the first one is 0.
-        images: how many to draw.
-        mean, std: of the model's backbone, three numbers on the 0..1 scale.
-    Raises:
-        UserError: the training has no such epoch, or an image cannot be decoded.
-    """
-    per_epoch, total = windows_per_epoch(len(source), recipe.batch.size), total_windows(recipe, len(source))
-    window, strong = epoch * per_epoch, _strong(recipe, len(source))
-    if not 0 <= window < total:
-        raise UserError(f"there is no epoch {epoch}: the training has the epochs 0 to {(total - 1) // per_epoch}")
-    on = {} if strong is None else strong.at(window).probabilities()
-    parts = [f"{name.replace('_', ' ')} {probability:g}" for name, probability in on.items()]
-    line = f"epoch {epoch} of {total / per_epoch:g}, beyond DETR's policy: {', '.join(parts) or 'nothing'}"
-    tasks = _tasks(recipe, source, 1, 0, 1, window, min(window + per_epoch, total))
-    return contact_sheet(source, tasks, tuple(mean), tuple(std), images, line), line
+    """What training will see in an epoch: ``epoch_sheet`` of a recipe."""
+    tasks = _tasks(recipe, source, 1, 0, 1, 0, total_windows(recipe, len(source)))
+    return epoch_sheet(tasks, epoch, images, tuple(mean), tuple(std))
 
 
 def first_recipe_for(root: Path, name: str) -> tuple[str, list[str]]:
@@ -291,23 +231,42 @@ def with_cache(recipe: Recipe, splits: Splits, quiet: bool = False) -> Splits:
         return splits
     from tqdm import tqdm
 
-    policy, strong = _policy(recipe), _strong(recipe, len(splits.train))
-    whole = strong is not None and strong.crops_originals()
-
     def progress(items, total):
         return tqdm(items, "cache", total, disable=True if quiet else None, leave=False, delay=2)
 
-    folder = Path(d.cache_folder or "~/.cache/detr_accel")
-    train, one = cache.cached(
-        splits.train, d.cache, folder, lambda size: size if whole else largest_first(size, policy),
-        exact=False, workers=d.workers, progress=progress,
-        settings=("train", policy.scales, policy.max_size, policy.crop > 0, policy.crop_scales, *["whole"] * whole),
-    )  # fmt: skip
-    val, two = cache.cached(
-        splits.val, d.cache, folder, lambda size: resized(size, d.eval_size, d.eval_max_size), exact=True,
-        settings=("val", d.eval_size, d.eval_max_size), workers=d.workers, progress=progress,
-    )  # fmt: skip
+    folder = Path(d.cache_folder or _CACHES)
+    (train, one), (val, two) = (
+        cache.cached(source, d.cache, folder, workers=d.workers, progress=progress, **how)
+        for source, how in _kept(recipe, splits)
+    )
     return replace(splits, train=train, val=val, found=[*splits.found, one, two])
+
+
+def cache_room(recipe: Recipe, splits: Splits) -> float:
+    """GiB that are still to be written before ``with_cache`` has what the recipe asks for.
+
+    Raises:
+        UserError: no room for them.
+    """
+    folder = Path(recipe.data.cache_folder or _CACHES)
+    return 0.0 if recipe.data.cache == "none" else cache.room(_kept(recipe, splits), recipe.data.cache, folder)
+
+
+_CACHES = "~/.cache/detr_accel"
+
+
+def _kept(recipe: Recipe, splits: Splits) -> list[tuple[Source, dict]]:
+    """Both splits, and how their images are kept."""
+    d, policy = recipe.data, _policy(recipe)
+    strong = _strong(recipe, len(splits.train))
+    whole = strong is not None and strong.crops_originals()
+    first: Callable = lambda size: size if whole else largest_first(size, policy)  # noqa: E731
+    settings = ("train", policy.scales, policy.max_size, policy.crop > 0, policy.crop_scales, *["whole"] * whole)
+    evaluated: Callable = lambda size: resized(size, d.eval_size, d.eval_max_size)  # noqa: E731
+    return [
+        (splits.train, {"largest": first, "exact": False, "settings": settings}),
+        (splits.val, {"largest": evaluated, "exact": True, "settings": ("val", d.eval_size, d.eval_max_size)}),
+    ]
 
 
 def cost(recipe: Recipe, source: Source, mean: tuple[float, ...], std: tuple[float, ...], device) -> ImageCost:
@@ -419,6 +378,30 @@ def eval_batches(
     d = recipe.data
     tasks = EvalTasks(source, recipe.evaluate.batch, d.eval_size, d.eval_max_size, rank, num_ranks)
     return loader.batches(source, tasks, **_loading(recipe, mean, std), keep_faults=keep_faults)
+
+
+def still_window(
+    recipe: Recipe,
+    source: Source,
+    indices: Sequence[int],
+    *,
+    rank: int,
+    num_ranks: int,
+    micro: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> list[Batch]:
+    """This rank's micro-batches of a window of chosen images without augmentation, as evaluation would see them.
+
+    Args:
+        indices: into the source, of all ranks.
+        micro: most images in a micro-batch.
+    """
+    plans = [eval_plan(source.size_px(i), recipe.data.eval_size, recipe.data.eval_max_size) for i in indices]
+    size, mine = canvas(plans), share(len(indices), rank, num_ranks)
+    parts = [range(i, min(i + micro, mine.stop)) for i in range(mine.start, mine.stop, micro)]
+    tasks = [Task(0, 0, tuple(p), tuple(indices[i] for i in p), tuple(plans[i] for i in p), size) for p in parts]
+    return [make_batch(source, task, tuple(mean), tuple(std)) for task in tasks]
 
 
 def _loading(recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...]) -> dict:

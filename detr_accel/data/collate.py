@@ -60,4 +60,13 @@ def _targets(samples: list[Sample], plan: Plan) -> Targets:
         for s, (_, one, _) in zip(samples, plan.images(0), strict=True)
     ]  # fmt: skip
     boxes, labels = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return Targets(first.image_id, torch.from_numpy(labels), torch.from_numpy(boxes), plan.size_px, plan.orig_px)
+    return Targets(
+        first.image_id, torch.from_numpy(labels), torch.from_numpy(boxes), plan.size_px, plan.orig_px,
+        num_cut=sum(s.num_cut for s in samples), is_blank=_is_blank(first.image),
+    )  # fmt: skip
+
+
+def _is_blank(image: np.ndarray) -> bool:
+    """Whether all pixels of uint8 [H, W, 3] are one colour; a few of them tell for nearly every image."""
+    first = image[0, 0]
+    return bool((image[::37, ::37] == first).all() and (image == first).all())

@@ -4,20 +4,45 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from detr_accel.data.collate import make_batch
-from detr_accel.data.sampler import Task
+from detr_accel.data.sampler import Task, TrainTasks, windows_per_epoch
 from detr_accel.data.source import Source
-from detr_accel.structures import Batch, Classes, Targets
+from detr_accel.structures import Batch, Classes, Targets, UserError
 
 _SIDE = 360  # of a cell, in pixels
 _LINE = 15  # of a caption
 _CROWD = 10  # in an image with more boxes only those carry a name that have the width for it
 _PAPER, _INK = (255, 255, 255), (20, 20, 20)
+
+
+def epoch_sheet(
+    tasks: TrainTasks, epoch: int, images: int, mean: tuple[float, ...], std: tuple[float, ...]
+) -> tuple[Image.Image, str]:
+    """What training will see in an epoch, from its first window on: a contact sheet, and what is on in that window.
+
+    Args:
+        tasks: of the whole training, one image each.
+        epoch: the first one is 0.
+        images: how many to draw.
+        mean, std: of the model's backbone, three numbers on the 0..1 scale.
+    Raises:
+        UserError: the training has no such epoch, or an image cannot be decoded.
+    """
+    per_epoch, total = windows_per_epoch(len(tasks.source), tasks.batch_size), tasks.end_window
+    window = epoch * per_epoch
+    if not 0 <= window < total:
+        raise UserError(f"there is no epoch {epoch}: the training has the epochs 0 to {(total - 1) // per_epoch}")
+    on = {} if tasks.strong is None else tasks.strong.at(window).probabilities()
+    parts = [f"{name.replace('_', ' ')} {probability:g}" for name, probability in on.items()]
+    line = f"epoch {epoch} of {total / per_epoch:g}, beyond DETR's policy: {', '.join(parts) or 'nothing'}"
+    part = replace(tasks, start_window=window, end_window=min(window + per_epoch, total))
+    return contact_sheet(tasks.source, part, mean, std, images, line), line
 
 
 def contact_sheet(

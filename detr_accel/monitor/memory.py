@@ -127,6 +127,20 @@ _CGROUP_FILES = (
 )
 
 
+def taken_fraction(device: torch.device) -> float:
+    """How much of all memory is taken, 0..1: of a GPU by tensors at their peak (what the allocator merely keeps can be
+    had), or of the machine, or its container, by everything."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / torch.cuda.get_device_properties(device).total_memory
+    total = psutil.virtual_memory().total
+    for limit, *_ in _CGROUP_FILES:
+        try:
+            total = min(total, int(Path("/sys/fs/cgroup", limit).read_text()))
+        except (OSError, ValueError):
+            continue  # no such group, or no limit ("max")
+    return 1 - free_bytes(device) / max(1, total)
+
+
 def reserved_gib(device: torch.device | str) -> float | None:
     """Most memory that the allocator took from a GPU, in GiB: what other programs see. None without a GPU."""
     if torch.device(device).type == "cuda":

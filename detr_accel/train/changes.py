@@ -55,6 +55,7 @@ RULES = {
     "evaluate.metric": BRANCHING,  # "best so far" would compare two metrics
     "checkpoint": SAFE,
     "health": SAFE,
+    "alarms": SAFE,
     "log": SAFE,
     "dist": SAFE,
 }
