@@ -100,14 +100,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--branch", type=Path, metavar="RUN", help="begin from the last checkpoint of another run, as a run of its own"
     )
+    _rehearse_options(p)
 
-    p.add_argument(
-        "--rehearse", action="store_true",
-        help="before a long run: check data, memory, learning, saving, resuming, W&B, disk and time in minutes, in a "
-        "folder of its own; exit code 0: safe to leave, 1: not, and why",
-    )  # fmt: skip
-    p.add_argument("--rehearse-minutes", type=float, default=10.0, metavar="M", help="about how long (default: 10)")
-    p.add_argument("--rehearsal-job", type=Path, help=argparse.SUPPRESS)  # a rehearsal's own children
+    p = verb("check-data", _check_data, "look at what training will see; recipe keys can be set", overrides=True)
+    p.add_argument("recipe", help="YAML file")
+    _preview_options(p)
 
     p = verb("start", _start, "write a first recipe for a data set, each line with its reason")
     p.add_argument("folder", type=Path, help="a COCO folder")
@@ -177,6 +174,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _rehearse_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--rehearse", action="store_true",
+        help="before a long run: check data, memory, learning, saving, resuming, W&B, disk and time in minutes, in a "
+        "folder of its own; exit code 0: safe to leave, 1: not, and why",
+    )  # fmt: skip
+    p.add_argument("--rehearse-minutes", type=float, default=10.0, metavar="M", help="about how long (default: 10)")
+    p.add_argument("--rehearsal-job", type=Path, help=argparse.SUPPRESS)  # a rehearsal's own children
+
+
+def _preview_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--preview", type=Path, required=True, metavar="OUT.png", help="write a contact sheet with the boxes"
+    )
+    p.add_argument("--epoch", type=int, default=0, help="of the training; the first one is 0")
+    p.add_argument("--images", type=int, default=12, help="how many to draw (default: 12)")
+
+
 def _model_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--decoder-layers", type=int, metavar="N", help="use only the first N decoder layers: faster, a little less AP"
@@ -208,6 +223,24 @@ def _rehearse(args, recipe, resume) -> int:
     if resume or args.branch:
         raise UserError("--rehearse rehearses a fresh start: leave --resume and --branch out")
     return rehearsal.main(recipe, args.runs, args.rehearse_minutes)
+
+
+def _check_data(args, overrides) -> int:
+    recipe = recipes.load(args.recipe, overrides)
+    print(_preview(recipe, args))
+    return 0
+
+
+def _preview(recipe, args) -> str:
+    from detr_accel import data, models
+
+    model = models.build(recipe, 1, device="meta", load_weights=False)
+    sheet, line = data.preview(
+        recipe, data.build(recipe).train, epoch=args.epoch, images=args.images, mean=model.mean, std=model.std
+    )
+    with writing(args.preview, ValueError):  # a suffix that is no format
+        sheet.save(args.preview)
+    return f"{line}\nwrote {args.preview}"
 
 
 def _start(args, _) -> int:

@@ -1,7 +1,8 @@
 """Every knob of a run: typed, with unit, range and meaning. ``load`` reads a YAML recipe, or refuses it in words.
 
-A recipe file holds only what differs from the defaults below. Nothing outside this file invents a knob, and no class
-below floor 3 sees a recipe: the builders in each wing's ``__init__`` unpack it into plain arguments.
+A recipe file holds only what differs from the defaults below. Nothing outside this file and recipe_augment.py (which
+has ``data.augment``) invents a knob, and no class below floor 3 sees a recipe: the builders in each wing's ``__init__``
+unpack it into plain arguments.
 """
 
 from __future__ import annotations
@@ -12,20 +13,15 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+from detr_accel.recipe_augment import Augment, Fraction, Positive, Section
 from detr_accel.structures import UserError
 
-Positive = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
 Watched = Literal["AP", "AP50", "AP75", "AR100", "loss"]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, protected_namespaces=())
 
 
 class Shapes(Section):
@@ -43,36 +39,6 @@ class Shapes(Section):
     """Share of images without any object."""
     colour_cue: Fraction = 0.0
     """Share of objects that have their class's colour: 0 leaves only the outline to tell the class, 1 is easiest."""
-
-
-class Augment(Section):
-    """Training geometry: flip, then resize, or (half of the time) resize, crop, resize. Sizes are in pixels."""
-
-    flip: Fraction = 0.5
-    """Probability of a horizontal flip."""
-    scales: list[Positive] = [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
-    """Lengths of the short side to draw from."""
-    scale_by: Literal["image", "window"] = "image"
-    """Whether each image draws its own scale, as in DETR, or all images of a window (an optimizer step) share one: less
-    padding, and sizes from a finite set."""
-    max_size: Positive = 1333
-    """Upper bound of the long side."""
-    crop: Fraction = 0.5
-    """Probability of the resize-crop-resize branch."""
-    crop_scales: list[Positive] = [400, 500, 600]
-    """Short sides before the crop; no bound on the long side."""
-    crop_size: tuple[Positive, Positive] = (384, 600)
-    """Least and greatest side of the crop."""
-
-    @model_validator(mode="after")
-    def _sizes_fit(self) -> Augment:
-        if not self.scales:
-            raise ValueError("scales needs at least one size, such as [800]")
-        if self.crop > 0 and not self.crop_scales:
-            raise ValueError("crop_scales needs at least one size while crop is above 0")
-        if self.crop_size[0] > self.crop_size[1]:
-            raise ValueError(f"crop_size is [least, greatest], but {self.crop_size[0]} > {self.crop_size[1]}")
-        return self
 
 
 class Data(Section):
@@ -108,7 +74,7 @@ class Data(Section):
     """Where training images are resized and normalised. ``device``: on the training device, so that workers only read
     and decode. ``auto``: there on a GPU, else in the workers."""
     augment: Augment = Augment()
-    """Training geometry."""
+    """What training does to images: geometry, colours, mosaics."""
     eval_size: Positive = 800
     """Short side at evaluation and prediction, in pixels."""
     eval_max_size: Positive = 1333

@@ -25,7 +25,7 @@ ROOT = runs.ROOT
 
 TEXTS = [
     "README.md", "docs/own-data.md", "docs/nan.md", "docs/not-learning.md", "docs/out-of-memory.md", "docs/resume.md",
-    "docs/overfitting.md", "docs/speed.md", "docs/rehearsal.md",
+    "docs/overfitting.md", "docs/speed.md", "docs/rehearsal.md", "docs/augmentation.md",
 ]  # fmt: skip
 NOT_RUN = {
     "make train": "installs the whole environment; .ci/run does",

@@ -51,6 +51,16 @@ def test_all_mistakes_are_told_at_once_each_with_its_line(tmp_path):
         ("model: {backbone: {weights: none, norm: frozen}}", "destroy the signal"),
         ("data: {format: coco}", "data.root is not set"),
         ("data: {format: shapes, augment: {crop_size: [600, 384]}}", "600 > 384"),
+        (
+            "data: {format: shapes, augment: {mosaic: {start: 0.5, stop: 0.5}}}",
+            "start 0.5 should be less than stop 0.5",
+        ),
+        (
+            "data: {format: shapes, augment: {mixup: {weight: [0.6, 0.4]}}}",
+            "weight is [least, greatest], but 0.6 > 0.4",
+        ),
+        ("data: {format: shapes, augment: {iou_crop: {min_iou: []}}}", "min_iou needs at least one value"),
+        ("data: {format: shapes, augment: {mosaic: {probabilty: 1}}}", "did you mean data.augment.mosaic.probability?"),
         ("loss: {cost_class: 0, cost_bbox: 0, cost_giou: 0}", "nothing would decide the matching"),
         ("name: a/b", "name"),
         ("- a\n- b", "mapping"),

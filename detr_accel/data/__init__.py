@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
+from PIL import Image
 
-from detr_accel.data import cache, coco_json, first_recipe, layout, loader
-from detr_accel.data import source as seeds
+from detr_accel.data import augment, cache, coco_json, first_recipe, layout, loader, splitting
 from detr_accel.data.coco import CocoSource, classes_like, classes_of
 from detr_accel.data.collate import make_batch
 from detr_accel.data.cost import ImageCost, image_cost
@@ -18,15 +17,18 @@ from detr_accel.data.device import PlannedBatch, ahead
 from detr_accel.data.geometry import Augmentation, canvas, eval_plan, largest_first, resized, worst_canvas
 from detr_accel.data.images import ImageFiles
 from detr_accel.data.loader import worker_death
+from detr_accel.data.preview import epoch_sheet
 from detr_accel.data.sampler import EvalTasks, Task, TrainTasks, shapes_of, share, windows_per_epoch
 from detr_accel.data.shapes import ShapesSource
 from detr_accel.data.source import Source, Subset
+from detr_accel.data.splitting import describe
 from detr_accel.recipe import Recipe
 from detr_accel.structures import Batch, Classes, UserError
 
 __all__ = [
     "Demands", "ImageCost", "ImageFiles", "PlannedBatch", "Source", "Splits", "Subset", "build", "cache_room", "cost",
-    "demands", "describe", "eval_batches", "eval_source", "first_recipe_for", "is_there", "share", "still_window",
+    "demands", "describe", "eval_batches", "eval_source", "first_recipe_for", "is_there", "preview", "share",
+    "still_window", "total_windows",
     "train_windows", "windows_per_epoch", "with_cache", "worker_death", "worst_window",
 ]  # fmt: skip
 
@@ -81,10 +83,16 @@ def _build_coco(recipe: Recipe, split_json: dict | None) -> Splits:
             raise UserError(f"{root} has jsons for {there} but none to train on: set data.train_annotations")
     train = _open(train_json, root, "train", _explicit(root, d.train_images))
     if val_json is None:
-        return _cut(train, split_json or _draw_split(train, d.val_fraction, recipe.seed))
+        return _cut(train, split_json or splitting.draw_split(train, d.val_fraction, recipe.seed))
     val = _open(val_json, root, "val", _explicit(root, d.val_images), train.classes)
-    _check_targets(train)
-    lines = [_line("train", train), _line("val", val), *_shared_files(train, val), *_unused(train), *_no_boxes(val)]
+    splitting.check_targets(train)
+    lines = [
+        splitting.line("train", train),
+        splitting.line("val", val),
+        *splitting.shared_files(train, val),
+        *splitting.unused(train),
+        *splitting.no_boxes(val),
+    ]
     return Splits(train, val, lines)
 
 
@@ -107,75 +115,21 @@ def _open(json_path: Path, root: Path, split: str, images: Path | None, like: Cl
     return CocoSource(table, folder, paths, classes_of(table) if like is None else classes_like(like, table))
 
 
-def _draw_split(source: CocoSource, val_fraction: float, seed: int) -> dict:
-    """A function of the seed and the set of image ids, whatever their order in the file."""
-    ids = np.sort(source.table.image_ids)
-    if len(ids) < 2:
-        raise UserError(f"{source.table.path} lists one image: a training and a validation split need two")
-    num_val = min(max(1, round(len(ids) * val_fraction)), len(ids) - 1)
-    order = seeds.generator(seed, seeds.SPLIT).permutation(len(ids))
-    parts = {"train": ids[np.sort(order[num_val:])], "val": ids[np.sort(order[:num_val])]}
-    return {"seed": seed, "val_fraction": val_fraction, **{name: part.tolist() for name, part in parts.items()}}
-
-
 def _cut(source: CocoSource, split_json: dict) -> Splits:
     row_of = {image_id: row for row, image_id in enumerate(source.table.image_ids.tolist())}
     gone = [i for name in ("train", "val") for i in split_json[name] if i not in row_of]
     if gone:
         raise UserError(f"{source.table.path} no longer has image {gone[0]} of the saved split ({len(gone)} are gone)")
     train, val = (source.subset(sorted(row_of[i] for i in split_json[name])) for name in ("train", "val"))
-    _check_targets(train)
+    splitting.check_targets(train)
     new = len(row_of) - len(train) - len(val)
     lines = [
         f"data: one json, cut by seed {split_json['seed']} into train and val (the split is saved with the run)",
-        _line("train", train), _line("val", val), *_unused(train), *_no_boxes(val),
+        splitting.line("train", train), splitting.line("val", val), *splitting.unused(train), *splitting.no_boxes(val),
     ]  # fmt: skip
     if new:
         lines.append(f"data: {new} images came after the split was saved; they are in neither part")
     return Splits(train, val, lines, split_json)
-
-
-def _line(split: str, source: CocoSource) -> str:
-    return f"data: {split}: {describe(source)}"
-
-
-def describe(source: Source) -> str:
-    """Which images these are, in one line."""
-    if isinstance(source, CocoSource):
-        return f"{source.describe()}; {source.table.path}, images in {source.folder}"
-    return f"{len(source)} procedural shapes"
-
-
-def _unused(train: CocoSource) -> list[str]:
-    used = set(np.unique(train.table.category_ids).tolist())
-    names = [n for c, n in train.table.categories.items() if c not in used]
-    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    return [f"data: {len(names)} classes have no box in the training json: {shown}"] if names else []
-
-
-def _check_targets(train: CocoSource) -> None:
-    """
-    Raises:
-        UserError: not one box to learn from.
-    """
-    if train.num_targets() == 0:
-        raise UserError(
-            f"{train.table.path}: no image of the training split has a box that could be learned from "
-            f"({train.describe()}): add annotations, or set data.train_annotations to the right json"
-        )
-
-
-def _no_boxes(val: CocoSource) -> list[str]:
-    if val.num_targets():
-        return []
-    return [f"data: warning: the validation split has no boxes ({val.table.path}), so its metrics will be empty"]
-
-
-def _shared_files(train: CocoSource, val: CocoSource) -> list[str]:
-    if train.folder != val.folder:
-        return []
-    num = len({train.name(i) for i in range(len(train))} & {val.name(i) for i in range(len(val))})
-    return [f"data: warning: {num} images are in both splits, so the validation figures will flatter"] if num else []
 
 
 def eval_source(
@@ -234,14 +188,26 @@ def train_windows(
     Raises:
         UserError: from ``next``: a record is broken, or a worker was ended from outside.
     """
-    size, micro = recipe.batch.size, recipe.batch.micro if micro is None else micro
-    tasks = TrainTasks(
-        source, _policy(recipe), size, micro, recipe.seed, rank, num_ranks, start_window, end_window,
-        shapes_of(source) if recipe.data.group_by_shape else None,
-    )  # fmt: skip
+    micro = recipe.batch.micro if micro is None else micro
+    tasks = _tasks(recipe, source, micro, rank, num_ranks, start_window, end_window)
     device = torch.device(device)
     stream = loader.batches(source, tasks, **_loading(recipe, mean, std), on_device=_on_device(recipe, device))
     return ahead(loader.windows(stream, tasks), device)
+
+
+def _tasks(recipe: Recipe, source: Source, micro: int, rank: int, num_ranks: int, start: int, end: int) -> TrainTasks:
+    return TrainTasks(
+        source, _policy(recipe), recipe.batch.size, micro, recipe.seed, rank, num_ranks, start, end,
+        shapes_of(source) if recipe.data.group_by_shape else None, _strong(recipe, len(source)),
+    )  # fmt: skip
+
+
+def preview(
+    recipe: Recipe, source: Source, *, epoch: int = 0, images: int = 12, mean: tuple[float, ...], std: tuple[float, ...]
+) -> tuple[Image.Image, str]:
+    """What training will see in an epoch: ``epoch_sheet`` of a recipe."""
+    tasks = _tasks(recipe, source, 1, 0, 1, 0, total_windows(recipe, len(source)))
+    return epoch_sheet(tasks, epoch, images, tuple(mean), tuple(std))
 
 
 def first_recipe_for(root: Path, name: str) -> tuple[str, list[str]]:
@@ -292,8 +258,10 @@ _CACHES = "~/.cache/detr_accel"
 def _kept(recipe: Recipe, splits: Splits) -> list[tuple[Source, dict]]:
     """Both splits, and how their images are kept."""
     d, policy = recipe.data, _policy(recipe)
-    first: Callable = lambda size: largest_first(size, policy)  # noqa: E731
-    settings = ("train", policy.scales, policy.max_size, policy.crop > 0, policy.crop_scales)
+    strong = _strong(recipe, len(splits.train))
+    whole = strong is not None and strong.crops_originals()
+    first: Callable = lambda size: size if whole else largest_first(size, policy)  # noqa: E731
+    settings = ("train", policy.scales, policy.max_size, policy.crop > 0, policy.crop_scales, *["whole"] * whole)
     evaluated: Callable = lambda size: resized(size, d.eval_size, d.eval_max_size)  # noqa: E731
     return [
         (splits.train, {"largest": first, "exact": False, "settings": settings}),
@@ -303,7 +271,10 @@ def _kept(recipe: Recipe, splits: Splits) -> list[tuple[Source, dict]]:
 
 def cost(recipe: Recipe, source: Source, mean: tuple[float, ...], std: tuple[float, ...], device) -> ImageCost:
     """What a loader process spends on a training image."""
-    tasks = TrainTasks(source, _policy(recipe), 4, 4, recipe.seed, 0, 1, 0, min(12, windows_per_epoch(len(source), 4)))
+    tasks = TrainTasks(
+        source, _policy(recipe), 4, 4, recipe.seed, 0, 1, 0, min(12, windows_per_epoch(len(source), 4)),
+        strong=_strong(recipe, len(source)),
+    )  # fmt: skip
     return image_cost(tasks, mean, std, _on_device(recipe, torch.device(device)))
 
 
@@ -313,7 +284,16 @@ def _on_device(recipe: Recipe, device: torch.device) -> bool:
 
 def worst_window(recipe: Recipe, source: Source) -> tuple[tuple[int, int], int]:
     """What the most demanding window can hold: canvas (h, w) in pixels, and boxes in one image. Nothing is decoded."""
-    return worst_canvas(_sizes(source), _policy(recipe)), source.most_boxes()
+    canvas = _with_strong(recipe, worst_canvas(_sizes(source), _policy(recipe)))
+    strong = _strong(recipe, len(source))
+    return canvas, source.most_boxes() if strong is None else strong.most_boxes(source.most_boxes())
+
+
+def _with_strong(recipe: Recipe, canvas_px: tuple[int, int]) -> tuple[int, int]:
+    """A canvas that also holds what the stronger augmentations make."""
+    strong = _strong(recipe, 1)
+    height, width = (0, 0) if strong is None else strong.worst_size(_policy(recipe))
+    return max(canvas_px[0], height), max(canvas_px[1], width)
 
 
 @dataclass(frozen=True)
@@ -348,7 +328,8 @@ def demands(recipe: Recipe, splits: Splits | None) -> Demands:
     if splits is None:
         long = d.eval_max_size
         eval_canvas = (long, long) if recipe.evaluate.batch > 1 else (min(d.eval_size, long), long)
-        return Demands((a.max_size, a.max_size), recipe.model.num_queries, eval_canvas, 80, None, True)
+        canvas = _with_strong(recipe, (a.max_size, a.max_size))
+        return Demands(canvas, recipe.model.num_queries, eval_canvas, 80, None, True)
     canvas, most_boxes = worst_window(recipe, splits.train)
     sizes = [eval_plan(s, d.eval_size, d.eval_max_size).size_px for s in {*_sizes(splits.val)}]
     if recipe.evaluate.batch > 1:
@@ -367,6 +348,16 @@ def _policy(recipe: Recipe) -> Augmentation:
     return Augmentation(
         a.flip, tuple(a.scales), a.max_size, a.crop, tuple(a.crop_scales), tuple(a.crop_size), a.scale_by
     )
+
+
+def _strong(recipe: Recipe, num_images: int) -> augment.Strong | None:
+    return augment.strong_of(total_windows(recipe, num_images), recipe.data.augment.model_dump())
+
+
+def total_windows(recipe: Recipe, num_images: int) -> int:
+    """Length of a training in windows."""
+    per_epoch = windows_per_epoch(num_images, recipe.batch.size)
+    return recipe.schedule.steps or max(1, round(recipe.schedule.epochs * per_epoch))
 
 
 def eval_batches(

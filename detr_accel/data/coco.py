@@ -55,6 +55,9 @@ class CocoSource:
         counts = np.diff(self.table.offsets)[self._rows]
         return int(counts.max(initial=0))
 
+    def boxes_xyxy_px(self, index: int) -> np.ndarray:
+        return self._targets(self._rows[index], self.size_px(index))[0]
+
     def sample(self, index: int, at_least_px: tuple[int, int] | None = None) -> Sample:
         size_px = self.size_px(index)
         try:

@@ -57,14 +57,15 @@ def image_cost(tasks: TrainTasks, mean: tuple[float, ...], std: tuple[float, ...
     used = images = 0
     some: list[Task] = list(islice(tasks, 1, 12)) or list(tasks)
     for task in some:
+        taken = [one for i, p in zip(task.indices, task.plans, strict=True) for one in p.images(i)]
         begun = time.perf_counter()
-        for index in task.indices:
+        for index, _, _ in taken:
             _read(tasks.source, index)
         read += time.perf_counter() - begun
         begun = time.perf_counter()
         make(source, task, mean, std)
         whole += time.perf_counter() - begun
-        used += sum(p.needs_px[0] * p.needs_px[1] for p in task.plans)
+        used += sum(p.needs_px[0] * p.needs_px[1] for _, p, _ in taken)
         images += len(task.indices)
     decoded = max(0.0, source.seconds - read)  # a sample reads its file as well
     return ImageCost(read / images, decoded / images, (whole - source.seconds) / images, source.decoded / used)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from detr_accel.data.compose import compose, mean_levels
 from detr_accel.data.geometry import Plan
 from detr_accel.structures import Batch, Targets
 
@@ -26,7 +27,7 @@ class PlannedBatch:
     differently.
     """
 
-    pixels: Tensor  # uint8, all images one after the other, each [h, w, 3] as decoded
+    pixels: Tensor  # uint8, all images one after the other, each [h, w, 3] as decoded; as many as each plan takes
     sizes_px: tuple[tuple[int, int], ...]  # (h, w) of each as decoded
     plans: tuple[Plan, ...]
     canvas_px: tuple[int, int]
@@ -43,10 +44,11 @@ class PlannedBatch:
 
     def part(self, start: int, stop: int) -> PlannedBatch:
         """Images start .. stop - 1 on the same canvas."""
-        counts = [3 * h * w for h, w in self.sizes_px]
         cut = slice(start, stop)
+        first, last = (sum(1 + len(p.layers) for p in self.plans[:row]) for row in (start, stop))
+        counts = [3 * h * w for h, w in self.sizes_px]
         return replace(
-            self, pixels=self.pixels[sum(counts[:start]) : sum(counts[:stop])], sizes_px=self.sizes_px[cut],
+            self, pixels=self.pixels[sum(counts[:first]) : sum(counts[:last])], sizes_px=self.sizes_px[first:last],
             plans=self.plans[cut], targets=self.targets[cut], positions=self.positions[cut],
         )  # fmt: skip
 
@@ -74,16 +76,22 @@ class PlannedBatch:
         pixels = self.pixels.to(device, non_blocking=non_blocking)
         images = torch.zeros(len(self), 3, *self.canvas_px, device=device)
         mask = torch.ones(len(self), *self.canvas_px, dtype=torch.bool, device=device)
-        scale, shift = _affine(self.mean, self.std, device)
-        start = 0
-        for row, ((h, w), plan) in enumerate(zip(self.sizes_px, self.plans, strict=True)):
-            image = pixels[start : start + 3 * h * w].view(h, w, 3).permute(2, 0, 1)
-            start += 3 * h * w
+        scale, shift, fill = _affine(self.mean, self.std, device)
+        decoded = self._decoded(pixels)
+        for row, plan in enumerate(self.plans):
+            pieces = [apply(next(decoded).float(), one) for _, one, _ in plan.images(0)]
             h, w = plan.size_px
-            torch.addcmul(shift, apply(image.float(), plan), scale, out=images[row, :, :h, :w])
+            torch.addcmul(shift, compose(pieces, plan, fill), scale, out=images[row, :, :h, :w])
             mask[row, :h, :w] = False
         targets = [t.to(device, non_blocking) for t in self.targets]
         return Batch(images, mask, targets, self.positions, self.window, self.epoch)
+
+    def _decoded(self, pixels: Tensor) -> Iterator[Tensor]:
+        """Each image, uint8 [3, h, w]."""
+        start = 0
+        for h, w in self.sizes_px:
+            yield pixels[start : start + 3 * h * w].view(h, w, 3).permute(2, 0, 1)
+            start += 3 * h * w
 
 
 def apply(image: Tensor, plan: Plan) -> Tensor:
@@ -92,7 +100,7 @@ def apply(image: Tensor, plan: Plan) -> Tensor:
     Args:
         image: float32 [3, h, w], levels 0..255.
     Returns:
-        float32 [3, h, w] of ``plan.size_px``.
+        float32 [3, h, w] of ``plan.inner_px``.
     """
     if plan.first_px is not None:
         image = _resize(image, plan.first_px)
@@ -101,7 +109,7 @@ def apply(image: Tensor, plan: Plan) -> Tensor:
         if plan.flip:  # the flip comes last
             left = image.shape[-1] - left - width
         image = image[:, top : top + height, left : left + width]
-    image = _resize(image, plan.size_px)
+    image = _resize(image, plan.inner_px)
     return image.flip(-1) if plan.flip else image
 
 
@@ -111,13 +119,13 @@ def _resize(image: Tensor, size_px: tuple[int, int]) -> Tensor:
     return F.interpolate(image[None], size=size_px, mode="bilinear", antialias=True)[0].round_().clamp_(0, 255)
 
 
-def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(x / 255 - mean) / std as one multiplication and one addition, each [3, 1, 1]."""
+def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, ...]:
+    """(x / 255 - mean) / std as one multiplication and one addition, and the mean's levels, each [3, 1, 1]."""
     m, s = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (mean, std))
-    scale, shift = 1 / (255 * s), -m / s
+    numbers = [1 / (255 * s), -m / s, mean_levels(mean).double()]
     if device.type == "cuda":  # not a wait: pinned, and a handful of bytes
-        scale, shift = scale.pin_memory(), shift.pin_memory()
-    return tuple(t.to(device, torch.float32, non_blocking=True) for t in (scale, shift))
+        numbers = [t.pin_memory() for t in numbers]
+    return tuple(t.to(device, torch.float32, non_blocking=True) for t in numbers)
 
 
 def ahead(windows: Iterable[list], device: torch.device) -> Iterator[list]:

@@ -1,4 +1,5 @@
-"""What happens to an image, decided before it is decoded: flip, resize, crop, resize. Boxes follow from the plan alone.
+"""What happens to an image, decided before it is decoded: flip, resize, crop, resize, and where it is put. Boxes follow
+from the plan alone.
 
 Sizes are (height, width) in pixels; N boxes of one image. Source of every rule and draw: the transforms of DETR
 (Carion et al., End-to-End Object Detection with Transformers, ECCV 2020) and their published code.
@@ -12,6 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 Size = tuple[int, int]
+Rect = tuple[float, float, float, float]  # top, left, height, width
+
+_LEAST_SHARE = 0.1  # of a box's area that must be left of it, where an image is placed on a canvas
+_LEAST_PX = 1.0  # a side that such a box must have there
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,17 @@ class Augmentation:
 
 
 @dataclass(frozen=True)
+class Jitter:
+    """Colours: factors and a shift, None where nothing is done."""
+
+    brightness: float | None = None
+    contrast: float | None = None
+    saturation: float | None = None
+    hue: float | None = None  # turns
+    contrast_first: bool = False  # before saturation and hue, or after them
+
+
+@dataclass(frozen=True)
 class Plan:
     """The steps, in the order of the fields; None leaves a step out."""
 
@@ -38,11 +54,38 @@ class Plan:
     crop_px: tuple[int, int, int, int] | None  # top, left, height, width
     size_px: Size  # resize to what reaches the model
     exact: bool = False  # DETR's own kernels, bit for bit; otherwise the fast ones
+    place_px: tuple[int, int, int, int] | None = None  # where in size_px it goes; the mean colour fills the rest
+    by_centre: bool = False  # a box stays if the crop holds its centre, and else if it leaves some of its area
+    jitter: Jitter | None = None
+    layers: tuple[Layer, ...] = ()  # further images, one after the other on top
+    kinds: tuple[str, ...] = ()  # which augmentations beyond DETR's made this plan
+
+    @property
+    def inner_px(self) -> Size:
+        """What the last resize goes to."""
+        return self.size_px if self.place_px is None else self.place_px[2:]
 
     @property
     def needs_px(self) -> Size:
         """What the first resize makes of the decoded image: a decoder need not give more."""
-        return self.first_px or self.size_px
+        return self.first_px or (self.inner_px if self.crop_px is None else self.orig_px)
+
+    def images(self, index: int) -> list[tuple[int, Plan, float]]:
+        """Every image on the canvas: index in the source, own plan, weight of its pixels.
+
+        Args:
+            index: of the first.
+        """
+        return [(index, self, 1.0), *((one.index, one.plan, one.weight) for one in self.layers)]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A further image on a plan's canvas."""
+
+    index: int  # in the source
+    plan: Plan  # with a place, on a canvas of the same size, and no layers of its own
+    weight: float = 1.0  # of its pixels; 1 hides what is beneath
 
 
 def resized(size_px: Size, short: int, max_size: int | None) -> Size:
@@ -118,6 +161,35 @@ def worst_canvas(sizes_px: Iterable[Size], policy: Augmentation) -> Size:
     return height, width
 
 
+def placed(orig_px: Size, flip: bool, view_px: Rect, size_px: Size, by_centre: bool = False) -> Plan:
+    """The plan that shows a part of an image, and what is around it.
+
+    Args:
+        view_px: the part, in pixels of the original; it may reach out of the image, and must meet it.
+        size_px: what the part becomes.
+
+    What is inside the image goes from whole pixels to whole pixels, so the boxes are exact and the aspect is within
+    half a pixel of the view's.
+    """
+    top, height, to_top, to_height = _span(view_px[0], view_px[2], orig_px[0], size_px[0])
+    left, width, to_left, to_width = _span(view_px[1], view_px[3], orig_px[1], size_px[1])
+    if flip:
+        left, to_left = orig_px[1] - left - width, size_px[1] - to_left - to_width
+    crop = None if (height, width) == orig_px else (top, left, height, width)
+    return Plan(
+        orig_px, flip, None, crop, size_px, place_px=(to_top, to_left, to_height, to_width), by_centre=by_centre
+    )
+
+
+def _span(start: float, length: float, side: int, out: int) -> tuple[int, int, int, int]:
+    """One axis of a view: from where and how many of the image's pixels, to where and how many of the output's."""
+    first = min(max(round(start), 0), side - 1)
+    last = min(max(round(start + length), first + 1), side)
+    to_first = min(max(round((first - start) * out / length), 0), out - 1)
+    to_last = min(max(round((last - start) * out / length), to_first + 1), out)
+    return first, last - first, to_first, to_last - to_first
+
+
 def _choice(rng: np.random.Generator, values: Sequence[int]) -> int:
     return values[int(rng.integers(0, len(values)))]
 
@@ -134,7 +206,7 @@ def apply_boxes(plan: Plan, boxes_xyxy_px: np.ndarray, labels: np.ndarray) -> tu
         labels: [N].
     Returns:
         float32 [M, 4] cxcywh in 0..1 of ``plan.size_px``, and the labels of the M <= N boxes of which the crop left
-        some area; M may be 0.
+        some area; where the plan has a place, a tenth of their area or their centre, and a pixel. M may be 0.
     """
     boxes = boxes_xyxy_px.astype(np.float64).reshape(-1, 4)
     h, w = plan.orig_px
@@ -145,14 +217,32 @@ def apply_boxes(plan: Plan, boxes_xyxy_px: np.ndarray, labels: np.ndarray) -> tu
         h, w = plan.first_px
     if plan.crop_px is not None:
         top, left, h, w = plan.crop_px
-        boxes = np.clip(boxes - (left, top, left, top), 0, (w, h, w, h))
+        whole = boxes - (left, top, left, top)
+        boxes = np.clip(whole, 0, (w, h, w, h))
         keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        if plan.place_px is not None:
+            keep &= _centre_inside(whole, h, w) if plan.by_centre else _area(boxes) >= _LEAST_SHARE * _area(whole)
+        boxes, labels = boxes[keep], labels[keep]
+    if plan.place_px is not None:
+        top, left, *inner = plan.place_px
+        boxes = boxes * _ratio((h, w), inner) + (left, top, left, top)
+        h, w = plan.size_px
+        keep = (boxes[:, 2:] - boxes[:, :2] >= _LEAST_PX).all(1)
         boxes, labels = boxes[keep], labels[keep]
     x0, y0, x1, y1 = (boxes / (w, h, w, h)).T  # the last resize leaves fractions as they are
     return np.stack(((x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0), 1).astype(np.float32), labels
 
 
-def _ratio(before: Size, after: Size) -> tuple[float, float, float, float]:
+def _centre_inside(boxes_xyxy_px: np.ndarray, h: float, w: float) -> np.ndarray:
+    x, y = ((boxes_xyxy_px[:, :2] + boxes_xyxy_px[:, 2:]) / 2).T
+    return (x > 0) & (x < w) & (y > 0) & (y < h)
+
+
+def _area(boxes_xyxy_px: np.ndarray) -> np.ndarray:
+    return (boxes_xyxy_px[:, 2:] - boxes_xyxy_px[:, :2]).prod(1)
+
+
+def _ratio(before: Size, after: Sequence[int]) -> tuple[float, float, float, float]:
     ry, rx = after[0] / before[0], after[1] / before[1]
     return rx, ry, rx, ry
 

@@ -19,9 +19,10 @@ from detr_accel.data.geometry import Plan
 def transform(image: np.ndarray, plan: Plan) -> Tensor:
     """
     Args:
-        image: uint8 [H, W, 3] of ``plan.orig_px``, or a smaller decoding of it that no step makes larger again.
+        image: uint8 [H, W, 3] of ``plan.orig_px``, or a smaller decoding of it that no step makes larger again; never
+            smaller where the first step is a crop.
     Returns:
-        uint8 [3, h, w] of ``plan.size_px``.
+        uint8 [3, h, w] of ``plan.inner_px``.
     """
     resize = _pillow if plan.exact else _fast
     pixels = torch.from_numpy(image).permute(2, 0, 1)  # [3, H, W], a view whose channels lie together
@@ -32,7 +33,7 @@ def transform(image: np.ndarray, plan: Plan) -> Tensor:
         if plan.flip:  # the flip comes last: the filters are symmetric, so that changes no pixel
             left = pixels.shape[-1] - left - width
         pixels = pixels[:, top : top + height, left : left + width]
-    pixels = resize(pixels, plan.size_px)
+    pixels = resize(pixels, plan.inner_px)
     return pixels.flip(-1) if plan.flip else pixels
 
 
@@ -61,7 +62,7 @@ def normalise_into(out: Tensor, image: Tensor, mean: tuple[float, ...], std: tup
 
     Args:
         out: float32 [3, h, w], a view is fine.
-        image: uint8 [3, h, w].
+        image: uint8 [3, h, w], or float32 with the levels 0..255.
         mean, std: three numbers each, on the 0..1 scale.
     """
     out.copy_(image)

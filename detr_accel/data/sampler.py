@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from detr_accel.data import source as seeds
+from detr_accel.data.augment import Strong, strong_plan
 from detr_accel.data.geometry import Augmentation, Plan, canvas, eval_plan, train_plan, window_scale
 from detr_accel.data.source import Source
 
@@ -89,6 +90,7 @@ class TrainTasks:
     start_window: int
     end_window: int
     shapes: np.ndarray | None = None  # of the images (``shapes_of``), where windows go by shape
+    strong: Strong | None = None  # augmentation beyond the policy
 
     def window_positions(self, window: int) -> range:
         """Global positions in the epoch, of all ranks."""
@@ -121,14 +123,20 @@ class TrainTasks:
         positions = self.window_positions(window)
         indices = [int(order[p]) for p in positions]
         scale = window_scale(seeds.generator(self.seed, seeds.WINDOW_SCALE, window), self.policy)
-        plans = [self._plan(epoch, i, scale) for i in indices]
+        strong = self.strong.at(window) if self.strong is not None else None
+        plans = [self._plan(epoch, p, i, scale, strong) for p, i in zip(positions, indices, strict=True)]
         size = canvas(plans)
         mine = share(len(positions), self.rank, self.num_ranks)
         for start in range(mine.start, mine.stop, self.micro):
             part = slice(start, min(start + self.micro, mine.stop))
             yield Task(window, epoch, tuple(positions[part]), tuple(indices[part]), tuple(plans[part]), size)
 
-    def _plan(self, epoch: int, index: int, scale: int | None) -> Plan:
+    def _plan(self, epoch: int, position: int, index: int, scale: int | None, strong: Strong | None) -> Plan:
+        if strong is not None:
+            return strong_plan(
+                strong, self.source, self.policy, seed=self.seed, epoch=epoch, position=position, index=index,
+                scale=scale,
+            )  # fmt: skip
         rng = seeds.generator(self.seed, seeds.GEOMETRY, epoch, index)
         return train_plan(rng, self.source.size_px(index), self.policy, scale)
 

@@ -103,6 +103,9 @@ class ShapesSource:
         what += (self.colour_cue,)
         return hashlib.sha256(repr(what).encode()).hexdigest()
 
+    def boxes_xyxy_px(self, index: int) -> np.ndarray:
+        return self.sample(index).boxes_xyxy_px  # what stays visible is known once it is drawn
+
     def sample(self, index: int, at_least_px: tuple[int, int] | None = None) -> Sample:
         rng = seeds.generator(self.seed, self._stream, index)
         image, boxes, labels = draw(rng, self.size_px(index), self.max_objects, self.empty_fraction, self.colour_cue)

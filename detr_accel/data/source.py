@@ -11,6 +11,7 @@ from detr_accel.structures import Classes, Sample
 
 # First word after the seed: keeps the streams of different purposes apart.
 ORDER, GEOMETRY, SPLIT, SHAPES_TRAIN, SHAPES_VAL, SHAPES_SIZES, WINDOWS, WINDOW_SCALE = range(8)
+PHOTOMETRIC, ZOOM_OUT, IOU_CROP, LARGE_SCALE_JITTER, MOSAIC, MIXUP = range(100, 106)
 
 
 class Source(Protocol):
@@ -30,6 +31,9 @@ class Source(Protocol):
 
     def most_boxes(self) -> int:
         """The greatest number of targets in one image, without decoding."""
+
+    def boxes_xyxy_px(self, index: int) -> np.ndarray:
+        """float32 [N, 4] as ``sample`` gives them, without reading an image file."""
 
     def sample(self, index: int, at_least_px: tuple[int, int] | None = None) -> Sample:
         """Decode one image. Raises UserError naming the record when that cannot be done.
@@ -72,6 +76,9 @@ class Subset:
 
     def most_boxes(self) -> int:
         return self.source.most_boxes()
+
+    def boxes_xyxy_px(self, index: int) -> np.ndarray:
+        return self.source.boxes_xyxy_px(self.indices[index])
 
 
 def generator(seed: int, stream: int, *words: int) -> np.random.Generator:

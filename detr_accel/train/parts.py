@@ -121,8 +121,7 @@ def prepare(parts: Parts) -> None:
 def measure(recipe: Recipe, num_images: int) -> Length:
     """How many windows a recipe asks for."""
     per_epoch = data.windows_per_epoch(num_images, recipe.batch.size)
-    total = recipe.schedule.steps or max(1, round(recipe.schedule.epochs * per_epoch))
-    return Length(per_epoch, total)
+    return Length(per_epoch, data.total_windows(recipe, num_images))
 
 
 def schedule_of(recipe: Recipe, length: Length) -> Callable[[int], float]:

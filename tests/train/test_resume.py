@@ -114,6 +114,20 @@ def test_a_crash_goes_on_from_the_last_checkpoint(tmp_path, monkeypatch, whole):
 
 
 @pytest.mark.law2
+def test_stronger_augmentation_goes_on_where_it_was(tmp_path, monkeypatch):
+    """Stopped while a mosaic is on, it is on and goes off as in the run that was never stopped."""
+    sections = ("photometric", "zoom_out", "iou_crop", "large_scale_jitter", "mosaic", "mixup")
+    on = ", ".join(f"{name}: {{probability: 0.4, stop: 0.7}}" for name in sections)
+    text = injected.TINY.replace("{scales: [64]}", f"{{scales: [64], {on}}}") + "name: strong\n" + FLIPS
+    whole = train(recipes.loads(text), runs=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        at_window(patch, 5, lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(recipes.loads(text), runs=tmp_path)
+    assert_same(train(recipes.loads(text), runs=tmp_path, resume=True), whole)
+
+
+@pytest.mark.law2
 def test_checkpoints_by_the_clock_change_nothing(tmp_path, whole):
     more = FLIPS.replace("keep: 9", "keep: 3, every_minutes: 0.00001")
     run = train(recipe("whole", more), runs=tmp_path)
