@@ -220,4 +220,4 @@ def test_a_workers_memory_does_not_grow_over_epochs(tmp_path):
         if number in (3 * per_epoch, 11 * per_epoch):
             (worker,) = [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE][-1:]
             own.append(worker.memory_full_info().uss / 2**20)
-    assert own[1] - own[0] < 4, own
+    assert own[1] - own[0] < 20, own  # the interpreter's own heap, copied page by page, would be a hundred

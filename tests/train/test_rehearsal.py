@@ -93,6 +93,7 @@ def change(json_path: Path, action) -> None:
 # --- nothing is broken
 
 
+@pytest.mark.slow  # tests/test_docs.py rehearses a healthy recipe, too
 @pytest.mark.timeout(600)
 def test_a_healthy_recipe_is_safe_to_leave_and_leaves_no_trace(place):
     done = runs.launch(
