@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,12 @@ from detr_accel.data import coco_json, layout, loader
 from detr_accel.data import source as seeds
 from detr_accel.data.coco import CocoSource, classes_like, classes_of
 from detr_accel.data.device import PlannedBatch, ahead
+from detr_accel.data.dirt import Dirt
 from detr_accel.data.geometry import Augmentation, worst_canvas
 from detr_accel.data.images import ImageFiles
 from detr_accel.data.loader import worker_death
 from detr_accel.data.sampler import EvalTasks, TrainTasks, share, windows_per_epoch
+from detr_accel.data.settle import settle
 from detr_accel.data.shapes import ShapesSource
 from detr_accel.data.source import Source, Subset
 from detr_accel.recipe import Recipe
@@ -74,14 +76,18 @@ def _build_coco(recipe: Recipe, split_json: dict | None) -> Splits:
         if train_json is None:
             there = ", ".join(sorted(found))
             raise UserError(f"{root} has jsons for {there} but none to train on: set data.train_annotations")
-    train = _open(train_json, root, "train", _explicit(root, d.train_images))
+    found, more = Dirt(d.on_bad), Dirt(d.on_bad)
+    train = _open(train_json, root, "train", _explicit(root, d.train_images), found)
     if val_json is None:
-        return _cut(train, split_json or _draw_split(train, d.val_fraction, recipe.seed))
-    val = _open(val_json, root, "val", _explicit(root, d.val_images), train.classes)
+        splits = _cut(train, split_json or _draw_split(train, d.val_fraction, recipe.seed))
+        return replace(splits, found=[*splits.found, *found.lines("both", _DESCRIBED)])
+    val = _open(val_json, root, "val", _explicit(root, d.val_images), more, train.classes)
     _check_targets(train)
     lines = [_line("train", train), _line("val", val), *_shared_files(train, val), *_unused(train), *_no_boxes(val)]
-    return Splits(train, val, lines)
+    return Splits(train, val, [*lines, *found.lines("train", _DESCRIBED), *more.lines("val", _DESCRIBED)])
 
+
+_DESCRIBED = ("box.flat", "box.outside")  # in a source's own line
 
 _FORMATS = {"coco": _build_coco, "shapes": _build_shapes}
 
@@ -95,11 +101,15 @@ def _explicit(root: Path, path: str | None) -> Path | None:
     return full
 
 
-def _open(json_path: Path, root: Path, split: str, images: Path | None, like: Classes | None = None) -> CocoSource:
-    table = coco_json.read(json_path)
+def _open(
+    json_path: Path, root: Path, split: str, images: Path | None, dirt: Dirt, like: Classes | None = None
+) -> CocoSource:
+    table = coco_json.read(json_path, dirt)
     folders = [images] if images is not None else layout.image_folders(json_path, root, split)
-    folder, paths = layout.locate(json_path, table.file_names, folders)
-    return CocoSource(table, folder, paths, classes_of(table) if like is None else classes_like(like, table))
+    folder, paths = layout.locate(json_path, table.file_names, folders, dirt)
+    table, paths = settle(table, folder, paths, dirt)
+    classes = classes_of(table) if like is None else classes_like(like, table)
+    return CocoSource(table, folder, paths, classes, scale=dirt.policy == "mend")
 
 
 def _draw_split(source: CocoSource, val_fraction: float, seed: int) -> dict:
@@ -200,7 +210,7 @@ def eval_source(
     if path is None:
         there = ", ".join(s or "one that names no split" for s in found)
         raise UserError(f"{root} has no json for the split {wanted!r}, it has: {there}; choose with --split")
-    return _open(path, root, wanted, None)
+    return _open(path, root, wanted, None, Dirt(recipe.data.on_bad))
 
 
 def train_windows(

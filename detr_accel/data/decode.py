@@ -7,7 +7,6 @@ a half, a quarter or an eighth of the size in less still. Everything else, and e
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from PIL import Image, ImageOps
 
 from detr_accel.structures import UserError
 
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+_LEAST = 16  # px: a picture with a shorter side has nearly any shape "to a pixel"
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 
 
@@ -26,13 +25,19 @@ def header_size(path: str | Path, upright: bool = False) -> tuple[int, int]:
         with Image.open(path) as picture:
             w, h = picture.size
             turned = upright and picture.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-    except _BROKEN as error:
+    except Exception as error:  # whatever a decoder trips over, the file is at fault
         raise UserError(f"image {path} cannot be read: {_reason(error)}") from None
+    if min(h, w) < 1:
+        raise UserError(f"image {path} cannot be read: it is {w}x{h} pixels")
     return (w, h) if turned else (h, w)
 
 
 def read_rgb(
-    path: str | Path, size_px: tuple[int, int] | None, at_least_px: tuple[int, int] | None = None
+    path: str | Path,
+    size_px: tuple[int, int] | None,
+    at_least_px: tuple[int, int] | None = None,
+    *,
+    scale: bool = False,
 ) -> np.ndarray:
     """Decode one file.
 
@@ -42,8 +47,11 @@ def read_rgb(
             picture as a viewer shows it.
         at_least_px: the (h, w) that it will be resized to. A JPEG at least twice as large in both directions is decoded
             at half of its size or less, never below this.
+        scale: a picture of another size than ``size_px`` that has its shape, to a pixel, is taken for the same in
+            another size: boxes are where the record says, whatever the number of pixels.
     Returns:
-        uint8 [h, w, 3], of ``size_px`` or of a fraction of it.
+        uint8 [h, w, 3], of ``size_px`` or of a fraction of it; or, where it was scaled and ``at_least_px`` is given, of
+        the size that the file has.
     Raises:
         UserError: not an image, truncated, or of another size.
     """
@@ -52,20 +60,51 @@ def read_rgb(
         return fast
     try:
         with Image.open(path) as picture:
-            stored = (picture.height, picture.width)
-            if size_px is None or stored != size_px:
-                picture = ImageOps.exif_transpose(picture)
-            if size_px is not None and (picture.height, picture.width) != size_px:
-                raise UserError(
-                    f"image {path} is {stored[1]}x{stored[0]} pixels (width x height), its record says "
-                    f"{size_px[1]}x{size_px[0]}: mend the record, or put the right file there"
-                )
-            return np.array(_to_rgb(picture))
-    except UserError:
+            upright = _turned(path, picture, size_px, scale)
+            pixels = _to_rgb(upright)
+            if size_px is not None and at_least_px is None and (pixels.height, pixels.width) != size_px:
+                _check_pixels(size_px)
+                pixels = pixels.resize(size_px[::-1], Image.Resampling.BILINEAR)
+            return np.array(pixels)
+    except (UserError, MemoryError):
         raise
-    except _BROKEN as error:
+    except Exception as error:  # whatever a decoder trips over, the file is at fault
         why = _reason(error)
         raise UserError(f"image {path} cannot be decoded: {why}; replace the file or remove its record") from None
+
+
+def _turned(path: str | Path, picture: Image.Image, size_px: tuple[int, int] | None, scale: bool) -> Image.Image:
+    """The picture as stored or with its EXIF rotation, whichever the record speaks of.
+
+    Raises:
+        UserError: neither.
+    """
+    stored = (picture.height, picture.width)
+    if stored == size_px:
+        return picture
+    turned = ImageOps.exif_transpose(picture)
+    if size_px is None or (turned.height, turned.width) == size_px:
+        return turned
+    fits = [same_shape(p, size_px) for p in (stored, (turned.height, turned.width))]
+    if scale and any(fits) and (not all(fits) or picture.getexif().get(_ORIENTATION, 1) == 1):
+        return picture if fits[0] else turned
+    raise UserError(
+        f"image {path} is {stored[1]}x{stored[0]} pixels (width x height), its record says "
+        f"{size_px[1]}x{size_px[0]}: mend the record, or put the right file there"
+    )
+
+
+def same_shape(one_px: tuple[int, int], other_px: tuple[int, int]) -> bool:
+    """Whether one picture is the other in another size: (h, w) in proportion, to a pixel of the smaller."""
+    (h, w), (big_h, big_w) = sorted((one_px, other_px), key=lambda size: size[0] * size[1])
+    if min(h, w) < _LEAST:
+        return False
+    return abs(big_h * w / big_w - h) <= 1 or abs(big_w * h / big_h - w) <= 1
+
+
+def _check_pixels(size_px: tuple[int, int]) -> None:
+    if size_px[0] * size_px[1] > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"its record says {size_px[1]}x{size_px[0]} pixels, which is too much")
 
 
 def _read_jpeg(path: str | Path, size_px: tuple[int, int], at_least_px: tuple[int, int] | None) -> np.ndarray | None:
@@ -82,7 +121,7 @@ def _read_jpeg(path: str | Path, size_px: tuple[int, int], at_least_px: tuple[in
         if 2 * h > height or 2 * w > width:
             return simplejpeg.decode_jpeg(data)
         return simplejpeg.decode_jpeg(data, min_height=h, min_width=w)
-    except (OSError, ValueError):  # Pillow says what is wrong, or is content with it
+    except (OSError, ValueError, OverflowError):  # Pillow says what is wrong, or is content with it
         return None
 
 

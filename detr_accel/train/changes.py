@@ -25,6 +25,7 @@ RULES = {
     "data.val_images": SAFE,
     "data.val_annotations": SAFE,
     "data.val_fraction": FORBIDDEN,  # the split is saved with the run
+    "data.on_bad": SAFE,  # what it leaves out is in the data's fingerprint
     "data.workers": SAFE,
     "data.prefetch": SAFE,
     "data.pixels": SAFE,  # the same pictures to one of 255 steps
