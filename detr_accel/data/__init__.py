@@ -16,7 +16,7 @@ from detr_accel.data.device import PlannedBatch, ahead
 from detr_accel.data.dirt import Dirt
 from detr_accel.data.geometry import Augmentation, worst_canvas
 from detr_accel.data.images import ImageFiles
-from detr_accel.data.loader import worker_death
+from detr_accel.data.loader import without_lost, worker_death
 from detr_accel.data.sampler import EvalTasks, TrainTasks, share, windows_per_epoch
 from detr_accel.data.settle import settle
 from detr_accel.data.shapes import ShapesSource
@@ -26,7 +26,7 @@ from detr_accel.structures import Batch, Classes, UserError
 
 __all__ = [
     "ImageFiles", "PlannedBatch", "Source", "Splits", "Subset", "build", "describe", "eval_batches", "eval_source",
-    "share", "train_windows", "windows_per_epoch", "worker_death", "worst_window",
+    "share", "train_windows", "windows_per_epoch", "without_lost", "worker_death", "worst_window",
 ]  # fmt: skip
 
 
@@ -226,7 +226,7 @@ def train_windows(
     micro: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[list[Batch]]:
-    """This rank's micro-batches of each window in [start_window, end_window).
+    """This rank's micro-batches of each window in [start_window, end_window). One may be empty: see ``without_lost``.
 
     Closing the iterator ends its workers. Images and canvas are the same for any number of ranks, workers and micro.
 
@@ -243,7 +243,8 @@ def train_windows(
     tasks = TrainTasks(source, _policy(recipe), size, micro, recipe.seed, rank, num_ranks, start_window, end_window)
     device = torch.device(device)
     there = recipe.data.pixels == "device" or (recipe.data.pixels == "auto" and device.type == "cuda")
-    stream = loader.batches(source, tasks, **_loading(recipe, mean, std), on_device=there)
+    leave_out = recipe.data.on_bad != "stop"
+    stream = loader.batches(source, tasks, **_loading(recipe, mean, std), on_device=there, leave_out=leave_out)
     return ahead(loader.windows(stream, tasks), device)
 
 
@@ -269,13 +270,15 @@ def eval_batches(
     keep_faults: bool = False,
 ) -> Iterator[Batch | UserError]:
     """This rank's batches of a split: each image once over all ranks, in batches that do not depend on their number.
+    Images that cannot be read are in no batch but in its ``lost``, unless ``data.on_bad`` is to stop.
 
     Args:
         keep_faults: yield the error of a broken image in the place of its batch, and go on.
     """
     d = recipe.data
     tasks = EvalTasks(source, recipe.evaluate.batch, d.eval_size, d.eval_max_size, rank, num_ranks)
-    return loader.batches(source, tasks, **_loading(recipe, mean, std), keep_faults=keep_faults)
+    leave_out = recipe.data.on_bad != "stop" and not keep_faults
+    return loader.batches(source, tasks, **_loading(recipe, mean, std), keep_faults=keep_faults, leave_out=leave_out)
 
 
 def _loading(recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...]) -> dict:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from detr_accel.data.geometry import Plan
-from detr_accel.structures import Batch, Targets
+from detr_accel.structures import Batch, Lost, Targets
 
 T = TypeVar("T")
 
@@ -36,6 +36,7 @@ class PlannedBatch:
     positions: tuple[int, ...]
     window: int = 0
     epoch: int = 0
+    lost: tuple[Lost, ...] = ()
     _arrived: torch.cuda.Event | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
@@ -47,7 +48,7 @@ class PlannedBatch:
         cut = slice(start, stop)
         return replace(
             self, pixels=self.pixels[sum(counts[:start]) : sum(counts[:stop])], sizes_px=self.sizes_px[cut],
-            plans=self.plans[cut], targets=self.targets[cut], positions=self.positions[cut],
+            plans=self.plans[cut], targets=self.targets[cut], positions=self.positions[cut], lost=(),
         )  # fmt: skip
 
     def pin_memory(self) -> PlannedBatch:
@@ -83,7 +84,7 @@ class PlannedBatch:
             torch.addcmul(shift, apply(image.float(), plan), scale, out=images[row, :, :h, :w])
             mask[row, :h, :w] = False
         targets = [t.to(device, non_blocking) for t in self.targets]
-        return Batch(images, mask, targets, self.positions, self.window, self.epoch)
+        return Batch(images, mask, targets, self.positions, self.window, self.epoch, self.lost)
 
 
 def apply(image: Tensor, plan: Plan) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from detr_accel.structures import UserError
 
 EXAMPLES = 5  # of each kind that are kept
+Place = tuple[str, tuple[float, ...] | None]  # the file name in a json, and the box xywh px, where there is one
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,16 @@ class Dirt:
         self.policy, self.look = policy, look
         self.counts: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
+        self.places: dict[str, list[Place]] = {}  # where to look, for some of the examples
 
-    def note(self, kind: str, text: object, num: int = 1, examples: Sequence[str] = ()) -> bool:
+    def note(
+        self, kind: str, text: object, num: int = 1, examples: Sequence[str] = (), places: Sequence[Place] = ()
+    ) -> bool:
         """Something odd; returns whether it is to be mended (False: left out).
 
         Args:
             text: where, what and the remedy; put into words only when it is shown.
-            num: how many at once; ``examples`` names some of them.
+            num: how many at once; ``examples`` names some of them, ``places`` says where they are.
         Raises:
             UserError: the policy is to stop, or training cannot begin with it.
         """
@@ -102,6 +106,8 @@ class Dirt:
         kept = self.examples.setdefault(kind, [])
         kept += list(examples or [str(text)] if len(kept) < EXAMPLES else ())[: EXAMPLES - len(kept)]
         self.counts[kind] += num
+        seen = self.places.setdefault(kind, [])
+        seen += list(places)[: EXAMPLES - len(seen)]
         return self.policy != "drop" or row.drop is None
 
     def does(self, kind: str) -> str:

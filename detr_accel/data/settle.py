@@ -69,7 +69,7 @@ def _join_doubles(table: Table, paths: Strings, target: np.ndarray, sizes: np.nd
         )
         known = (sizes[start] > 0).all(), (sizes[row] > 0).all()
         if all(known) and (sizes[start] != sizes[row]).any():
-            dirt.note("image.file_conflict", text)
+            dirt.note("image.file_conflict", text, places=[(table.file_names[row], None)])
             target[[start, row]] = -1
         elif dirt.note("image.file_twice", text):
             target[row] = start
@@ -140,7 +140,8 @@ def _count_boxes(table: Table, dirt: Dirt) -> None:
         found = np.flatnonzero(found & ~table.crowd)
         shown = [_where(table, rows[a], a) for a in found[:EXAMPLES]]
         if shown:
-            dirt.note(kind, f"{shown[0]}: mend or remove it", len(found), shown)
+            places = [(table.file_names[rows[a]], tuple(boxes[a].tolist())) for a in found[:EXAMPLES]]
+            dirt.note(kind, f"{shown[0]}: mend or remove it", len(found), shown, places)
 
 
 def _where(table: Table, row: int, annotation: int) -> str:
