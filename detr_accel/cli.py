@@ -101,6 +101,15 @@ def _parser() -> argparse.ArgumentParser:
         "--branch", type=Path, metavar="RUN", help="begin from the last checkpoint of another run, as a run of its own"
     )
 
+    p = verb(
+        "check-data", _check_data, "every record and file of a data set: what is odd, and what training does about it",
+        overrides=True,
+    )  # fmt: skip
+    p.add_argument("data", help="a COCO folder, or a recipe (YAML), whose keys can then be set as key=value")
+    p.add_argument("--out", type=Path, metavar="FOLDER", help="also write report.html, with pictures, and report.json")
+    p.add_argument("--workers", type=int, help="processes that decode (default: one for each core, at most 8)")
+    p.add_argument("--json", action="store_true")
+
     p = verb("eval", _eval, "COCO metrics of a run or checkpoint")
     p.add_argument("model", help="run, checkpoint, model folder, .pth or .safetensors")
     p.add_argument("--split", choices=["train", "val", "test"], help="default: val, or the only one in --data")
@@ -165,6 +174,30 @@ def _train(args, overrides) -> int:
     train(recipes.load(args.recipe, overrides), runs=args.runs, resume=resume, branch=args.branch)
     launch.leave()
     return 0
+
+
+def _check_data(args, overrides) -> int:
+    from tqdm import tqdm
+
+    from detr_accel import data
+
+    if not Path(args.data).is_dir():
+        recipe = recipes.load(args.data, overrides)
+    elif overrides:
+        raise UserError(f"{args.data} is a folder, and {overrides[0]} needs a recipe to belong to: give a YAML file")
+    else:
+        recipe = recipes.Recipe.model_validate({"data": {"root": args.data}})
+    workers = min(8, os.cpu_count() or 1) if args.workers is None else max(0, args.workers)
+    report = data.check(
+        recipe, workers=0 if workers == 1 else workers,
+        progress=lambda items, total: tqdm(items, "check", total, unit="image", disable=args.json or None),
+    )  # fmt: skip
+    if args.out:
+        data.check_report.write(report, args.out, args.data)
+    print(json.dumps(report.to_json(), indent=1) if args.json else data.check_report.table(report))
+    if args.out and not args.json:
+        print(f"wrote {args.out / 'report.html'} and report.json")
+    return 0 if report.ok else 1
 
 
 def _eval(args, _) -> int:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from detr_accel.data import coco_json, layout, loader
+from detr_accel.data import check as checks
+from detr_accel.data import check_report, coco_json, layout, loader
 from detr_accel.data import source as seeds
 from detr_accel.data.coco import CocoSource, classes_like, classes_of
 from detr_accel.data.device import PlannedBatch, ahead
@@ -25,8 +26,9 @@ from detr_accel.recipe import Recipe
 from detr_accel.structures import Batch, Classes, UserError
 
 __all__ = [
-    "ImageFiles", "PlannedBatch", "Source", "Splits", "Subset", "build", "describe", "eval_batches", "eval_source",
-    "share", "train_windows", "windows_per_epoch", "without_lost", "worker_death", "worst_window",
+    "ImageFiles", "PlannedBatch", "Source", "Splits", "Subset", "build", "check", "check_report", "describe",
+    "eval_batches", "eval_source", "share", "train_windows", "windows_per_epoch", "without_lost", "worker_death",
+    "worst_window",
 ]  # fmt: skip
 
 
@@ -211,6 +213,45 @@ def eval_source(
         there = ", ".join(s or "one that names no split" for s in found)
         raise UserError(f"{root} has no json for the split {wanted!r}, it has: {there}; choose with --split")
     return _open(path, root, wanted, None, Dirt(recipe.data.on_bad))
+
+
+def check(
+    recipe: Recipe, *, workers: int = 0, progress: Callable[[Iterable, int], Iterable] = lambda items, total: items
+) -> checks.Report:
+    """Look at every record and file of the data set of a recipe, whatever is wrong with it.
+
+    Args:
+        workers: processes that decode; 0 works here.
+        progress: wraps the loop over the files; gets it and their number.
+    Raises:
+        UserError: there is no data set.
+    """
+    if recipe.data.format != "coco":
+        raise UserError(f"check-data looks at COCO folders; data.format is {recipe.data.format}")
+    e, stride = recipe.data, 16 if recipe.model.backbone.dc5 else 32
+    model = checks.Model(stride, recipe.model.num_queries, e.eval_size, e.eval_max_size)
+    splits = [_look(recipe, *row) for row in _jsons(recipe)]
+    return checks.check(splits, model, policy=recipe.data.on_bad, workers=workers, progress=progress)
+
+
+def _jsons(recipe: Recipe) -> list[tuple[str, Path, Path | None]]:
+    """Split, json and image folder (None: to be found) of all there are; one that names no split is ``all``."""
+    d, root = recipe.data, Path(recipe.data.root or "").expanduser()
+    given = {"train": (d.train_annotations, d.train_images), "val": (d.val_annotations, d.val_images)}
+    found: dict[str, Path | None] = {s: _explicit(root, json_path) for s, (json_path, _) in given.items()}
+    if found["train"] is None:
+        there = layout.find_jsons(root)
+        found |= {s: found.get(s) or layout.pick(there, s, root) for s in there if s or not found["val"]}
+    images = {s: _explicit(root, folder) for s, (_, folder) in given.items()}
+    return [(s or "all", path, images.get(s or "train")) for s, path in found.items() if path is not None]
+
+
+def _look(recipe: Recipe, split: str, json_path: Path, images: Path | None) -> checks.Split:
+    dirt = Dirt("mend" if recipe.data.on_bad == "stop" else recipe.data.on_bad, look=True)
+    try:
+        return checks.Split(split, _open(json_path, Path(recipe.data.root or ""), split, images, dirt), dirt)
+    except UserError as error:
+        return checks.Split(split, None, dirt, str(error))
 
 
 def train_windows(
