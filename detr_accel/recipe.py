@@ -52,6 +52,9 @@ class Augment(Section):
     """Probability of a horizontal flip."""
     scales: list[Positive] = [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
     """Lengths of the short side to draw from."""
+    scale_by: Literal["image", "window"] = "image"
+    """Whether each image draws its own scale, as in DETR, or all images of a window (an optimizer step) share one: less
+    padding, and sizes from a finite set."""
     max_size: Positive = 1333
     """Upper bound of the long side."""
     crop: Fraction = 0.5
@@ -97,6 +100,14 @@ class Data(Section):
     """Loader processes per training process. 0 reads in the training process itself."""
     prefetch: Positive = 2
     """Micro-batches that each worker keeps ready."""
+    group_by_shape: bool = False
+    """A window holds tall, square or wide images, so that they do not pad each other: less memory and time, and the
+    same number of windows. Still random: the order within a shape and of the windows is drawn for each epoch."""
+    cache: Literal["none", "ram", "disk"] = "none"
+    """Keep decoded images, no larger than they are needed, for the next epochs and runs. ``disk``: in cache_folder.
+    ``ram``: in memory, shared by all processes, until the run ends. An epoch then reads no file and decodes nothing."""
+    cache_folder: Text | None = None
+    """Where ``cache: disk`` lies; null: ~/.cache/detr_accel. A changed file or size makes another; delete at will."""
     pixels: Literal["auto", "workers", "device"] = "auto"
     """Where training images are resized and normalised. ``device``: on the training device, so that workers only read
     and decode. ``auto``: there on a GPU, else in the workers."""

@@ -23,7 +23,10 @@ runs = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(runs)
 ROOT = runs.ROOT
 
-TEXTS = ["README.md", "docs/own-data.md", "docs/nan.md", "docs/out-of-memory.md", "docs/resume.md"]
+TEXTS = [
+    "README.md", "docs/own-data.md", "docs/nan.md", "docs/out-of-memory.md", "docs/resume.md", "docs/overfitting.md",
+    "docs/speed.md",
+]  # fmt: skip
 NOT_RUN = {
     "make train": "installs the whole environment; .ci/run does",
     "make test": "this is it",
@@ -80,7 +83,9 @@ def place(tmp_path):
 def run(place: Path, command: str) -> None:
     for theirs, ours in HERE.items():
         command = command.replace(theirs, ours)
-    if "train.py" in command:
+    if "doctor recipes" in command:
+        command += " --seconds 1 schedule.steps=40"
+    if "train.py" in command or "doctor recipes" in command:
         said = {word.partition("=")[0] for word in command.split()}
         command += " " + " ".join(f"'{a}'" for a in SMALL if a.partition("=")[0] not in said)
     env = {

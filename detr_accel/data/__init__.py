@@ -9,16 +9,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from detr_accel.data import cache, check_report, coco_json, first_recipe, layout, loader
 from detr_accel.data import check as checks
-from detr_accel.data import check_report, coco_json, layout, loader
 from detr_accel.data import source as seeds
 from detr_accel.data.coco import CocoSource, classes_like, classes_of
+from detr_accel.data.cost import ImageCost, image_cost
 from detr_accel.data.device import PlannedBatch, ahead
 from detr_accel.data.dirt import Dirt
-from detr_accel.data.geometry import Augmentation, worst_canvas
+from detr_accel.data.geometry import Augmentation, largest_first, resized, worst_canvas
 from detr_accel.data.images import ImageFiles
 from detr_accel.data.loader import without_lost, worker_death
-from detr_accel.data.sampler import EvalTasks, TrainTasks, share, windows_per_epoch
+from detr_accel.data.sampler import EvalTasks, TrainTasks, shapes_of, share, windows_per_epoch
 from detr_accel.data.settle import settle
 from detr_accel.data.shapes import ShapesSource
 from detr_accel.data.source import Source, Subset
@@ -26,8 +27,9 @@ from detr_accel.recipe import Recipe
 from detr_accel.structures import Batch, Classes, UserError
 
 __all__ = [
-    "ImageFiles", "PlannedBatch", "Source", "Splits", "Subset", "build", "check", "check_report", "describe",
-    "eval_batches", "eval_source", "share", "train_windows", "windows_per_epoch", "without_lost", "worker_death",
+    "ImageCost", "ImageFiles", "PlannedBatch", "Source", "Splits", "Subset", "build", "check", "check_report", "cost",
+    "describe", "eval_batches", "eval_source", "first_recipe_for", "share", "train_windows", "windows_per_epoch",
+    "with_cache", "without_lost", "worker_death",
     "worst_window",
 ]  # fmt: skip
 
@@ -281,12 +283,63 @@ def train_windows(
         UserError: from ``next``: a record is broken, or a worker was ended from outside.
     """
     size, micro = recipe.batch.size, recipe.batch.micro if micro is None else micro
-    tasks = TrainTasks(source, _policy(recipe), size, micro, recipe.seed, rank, num_ranks, start_window, end_window)
+    tasks = TrainTasks(
+        source, _policy(recipe), size, micro, recipe.seed, rank, num_ranks, start_window, end_window,
+        shapes_of(source) if recipe.data.group_by_shape else None,
+    )  # fmt: skip
     device = torch.device(device)
-    there = recipe.data.pixels == "device" or (recipe.data.pixels == "auto" and device.type == "cuda")
-    leave_out = recipe.data.on_bad != "stop"
-    stream = loader.batches(source, tasks, **_loading(recipe, mean, std), on_device=there, leave_out=leave_out)
+    on_device, leave_out = _on_device(recipe, device), recipe.data.on_bad != "stop"
+    stream = loader.batches(source, tasks, **_loading(recipe, mean, std), on_device=on_device, leave_out=leave_out)
     return ahead(loader.windows(stream, tasks), device)
+
+
+def first_recipe_for(root: Path, name: str) -> tuple[str, list[str]]:
+    """A recipe for a COCO folder, and what was found in it.
+
+    Raises:
+        UserError: as in ``build``.
+    """
+    splits = build(Recipe.model_validate({"data": {"root": str(root)}}))
+    return first_recipe.write(first_recipe.facts(splits.train, splits.val), name, str(root)), splits.found
+
+
+def with_cache(recipe: Recipe, splits: Splits, quiet: bool = False) -> Splits:
+    """The same splits with their images in a cache, where the recipe asks for one; built first where it is not there.
+
+    Raises:
+        UserError: no room for it.
+    """
+    d = recipe.data
+    if d.cache == "none":
+        return splits
+    from tqdm import tqdm
+
+    policy = _policy(recipe)
+
+    def progress(items, total):
+        return tqdm(items, "cache", total, disable=True if quiet else None, leave=False, delay=2)
+
+    folder = Path(d.cache_folder or "~/.cache/detr_accel")
+    train, one = cache.cached(
+        splits.train, d.cache, folder, lambda size: largest_first(size, policy), exact=False,
+        settings=("train", d.on_bad, policy.scales, policy.max_size, policy.crop > 0, policy.crop_scales),
+        workers=d.workers, progress=progress,
+    )  # fmt: skip
+    val, two = cache.cached(
+        splits.val, d.cache, folder, lambda size: resized(size, d.eval_size, d.eval_max_size), exact=True,
+        settings=("val", d.on_bad, d.eval_size, d.eval_max_size), workers=d.workers, progress=progress,
+    )  # fmt: skip
+    return replace(splits, train=train, val=val, found=[*splits.found, one, two])
+
+
+def cost(recipe: Recipe, source: Source, mean: tuple[float, ...], std: tuple[float, ...], device) -> ImageCost:
+    """What a loader process spends on a training image."""
+    tasks = TrainTasks(source, _policy(recipe), 4, 4, recipe.seed, 0, 1, 0, min(12, windows_per_epoch(len(source), 4)))
+    return image_cost(tasks, mean, std, _on_device(recipe, torch.device(device)))
+
+
+def _on_device(recipe: Recipe, device: torch.device) -> bool:
+    return recipe.data.pixels == "device" or (recipe.data.pixels == "auto" and device.type == "cuda")
 
 
 def worst_window(recipe: Recipe, source: Source) -> tuple[tuple[int, int], int]:
@@ -297,7 +350,9 @@ def worst_window(recipe: Recipe, source: Source) -> tuple[tuple[int, int], int]:
 
 def _policy(recipe: Recipe) -> Augmentation:
     a = recipe.data.augment
-    return Augmentation(a.flip, tuple(a.scales), a.max_size, a.crop, tuple(a.crop_scales), tuple(a.crop_size))
+    return Augmentation(
+        a.flip, tuple(a.scales), a.max_size, a.crop, tuple(a.crop_scales), tuple(a.crop_size), a.scale_by
+    )
 
 
 def eval_batches(

@@ -141,7 +141,7 @@ def check(
     opened = [s for s in splits if s.source is not None]
     findings = [f for s in splits for f in _read(s, policy)]
     facts: dict[str, list[FileFacts]] = {}
-    everything = [(s.name, s.source.path(i), s.source.size_px(i)) for s in opened for i in range(len(s.source))]
+    everything = [(s.name, s.source.file(i), s.source.size_px(i)) for s in opened for i in range(len(s.source))]
     files = look_at_all([row[1:] for row in everything], workers)
     for (name, *_), found in zip(everything, progress(files, len(everything)), strict=True):
         facts.setdefault(name, []).append(found)
@@ -181,7 +181,7 @@ def _path(source: CocoSource | None, name: str) -> str:
     if source is None:
         return name
     row = next((i for i in range(len(source)) if source.name(i) == name), None)
-    return name if row is None else source.path(row)
+    return name if row is None else source.file(row)
 
 
 def _files(split: Split, facts: Sequence[FileFacts], policy: str) -> list[Finding]:
@@ -203,7 +203,7 @@ def _files(split: Split, facts: Sequence[FileFacts], policy: str) -> list[Findin
         for kind, text in notes.items():
             if kind and text:
                 worse = -h * w if kind == "image.huge" else 0
-                found.setdefault(kind, []).append((worse, text, (source.path(i), None)))
+                found.setdefault(kind, []).append((worse, text, (source.file(i), None)))
     return [
         _finding(kind, split.name, len(rows), policy, *zip(*_worst(rows), strict=True)) for kind, rows in found.items()
     ]
@@ -217,7 +217,7 @@ def _copies(splits: Sequence[Split], facts: dict[str, list[FileFacts]]) -> list[
         for i, f in enumerate(facts[split.name]):
             if not f.digest or f.blank:
                 continue
-            name, path = split.source.name(i), split.source.path(i)
+            name, path = split.source.name(i), split.source.file(i)
             where, other, other_path = first.setdefault(f.digest, (split.name, name, path))
             if other_path == path and where == split.name:
                 continue
@@ -236,7 +236,7 @@ def _boxes(split: Split, model: Model) -> list[Finding]:
     source, small, overlaps, crowded = split.source, [], [], []
     for i in range(len(source)):
         boxes, labels = source._targets(source._rows[i], source.size_px(i))
-        name, path, size = source.name(i), source.path(i), source.size_px(i)
+        name, path, size = source.name(i), source.file(i), source.size_px(i)
         if len(boxes) > model.num_queries:
             crowded.append((-len(boxes), f"{name}: {len(boxes)} objects", (path, None)))
         if not len(boxes):

@@ -150,7 +150,7 @@ class _Boxes:
     def of(self, path: str) -> tuple[tuple[int, int], list[list[float]]] | None:
         """The (h, w) of the record, and boxes xyxy px; None for a file of no split."""
         if not self._known:
-            self._known = {s.path(i): (s, i) for s in self.sources.values() for i in range(len(s))}
+            self._known = {s.file(i): (s, i) for s in self.sources.values() for i in range(len(s))}
         if path not in self._known:
             return None
         source, i = self._known[path]

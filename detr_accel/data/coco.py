@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,7 +54,7 @@ class CocoSource:
     def name(self, index: int) -> str:
         return self.table.file_names[self._rows[index]]
 
-    def path(self, index: int) -> str:
+    def file(self, index: int) -> str:
         """The file; where none was found, the place where it should be."""
         row = self._rows[index]
         return f"{self.folder}/{self._paths[row] or self.table.file_names[row]}"
@@ -65,7 +66,7 @@ class CocoSource:
     def sample(self, index: int, at_least_px: tuple[int, int] | None = None) -> Sample:
         size_px = self.size_px(index)
         try:
-            image = read_rgb(self.path(index), size_px, at_least_px, scale=self.scale)
+            image = read_rgb(self.file(index), size_px, at_least_px, scale=self.scale)
         except UserError as error:
             raise UserError(f"{self.table.path}: image id {self.image_id(index)}: {error}") from None
         boxes, labels = self._targets(self._rows[index], size_px)
@@ -111,6 +112,17 @@ class CocoSource:
             digest.update(np.ascontiguousarray(array).tobytes())
         for i in range(len(self)):
             digest.update(self.name(i).encode("utf-8", "surrogateescape") + b"\0")
+        return digest.hexdigest()
+
+    def stamp(self) -> str:
+        """sha256 over size and time of change of every file: another one where pixels may have changed."""
+        digest = hashlib.sha256()
+        for i in range(len(self)):
+            try:
+                found = os.stat(self.file(i))
+                digest.update(f"{found.st_size} {found.st_mtime_ns}\n".encode())
+            except OSError:
+                digest.update(b"gone\n")
         return digest.hexdigest()
 
     def subset(self, rows: Sequence[int] | np.ndarray) -> CocoSource:

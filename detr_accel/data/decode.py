@@ -107,11 +107,15 @@ def _check_pixels(size_px: tuple[int, int]) -> None:
         raise ValueError(f"its record says {size_px[1]}x{size_px[0]} pixels, which is too much")
 
 
+def read_bytes(path: str | Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
 def _read_jpeg(path: str | Path, size_px: tuple[int, int], at_least_px: tuple[int, int] | None) -> np.ndarray | None:
     """None where Pillow should look: no ordinary JPEG of this size, or something is wrong with it."""
     try:
-        with open(path, "rb") as file:
-            data = file.read()
+        data = read_bytes(path)
         if data[:3] != b"\xff\xd8\xff":
             return None
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)

@@ -25,6 +25,7 @@ class Augmentation:
     crop: float
     crop_scales: tuple[int, ...]
     crop_size: tuple[int, int]
+    scale_by: str = "image"  # or "window": all images of a window go to the same scale
 
 
 @dataclass(frozen=True)
@@ -66,21 +67,38 @@ def eval_plan(size_px: Size, short: int, max_size: int) -> Plan:
     return Plan(size_px, False, None, None, resized(size_px, short, max_size), exact=True)
 
 
-def train_plan(rng: np.random.Generator, size_px: Size, policy: Augmentation) -> Plan:
+def train_plan(rng: np.random.Generator, size_px: Size, policy: Augmentation, scale: int | None = None) -> Plan:
     """Draw one plan.
+
+    Args:
+        scale: the short side of this window; None draws one for the image.
 
     Where a crop's least side is longer than the image, DETR raises; here the least side is the image's own.
     """
     flip = rng.random() < policy.flip
     if rng.random() >= policy.crop:
-        return Plan(size_px, flip, None, None, resized(size_px, _choice(rng, policy.scales), policy.max_size))
+        short = scale or _choice(rng, policy.scales)
+        return Plan(size_px, flip, None, None, resized(size_px, short, policy.max_size))
     first = resized(size_px, _choice(rng, policy.crop_scales), None)
     width = _crop_side(rng, first[1], policy.crop_size)
     height = _crop_side(rng, first[0], policy.crop_size)
     top = int(rng.integers(0, first[0] - height + 1))
     left = int(rng.integers(0, first[1] - width + 1))
-    final = resized((height, width), _choice(rng, policy.scales), policy.max_size)
+    final = resized((height, width), scale or _choice(rng, policy.scales), policy.max_size)
     return Plan(size_px, flip, first, (top, left, height, width), final)
+
+
+def window_scale(rng: np.random.Generator, policy: Augmentation) -> int | None:
+    """The short side of a whole window, where the policy has one."""
+    return _choice(rng, policy.scales) if policy.scale_by == "window" else None
+
+
+def largest_first(size_px: Size, policy: Augmentation) -> Size:
+    """The largest size that a training plan first resizes an image to."""
+    bounded = resized(size_px, max(policy.scales), policy.max_size)
+    if policy.crop == 0:
+        return bounded
+    return max(bounded, resized(size_px, max(policy.crop_scales), None), key=lambda size: size[0] * size[1])
 
 
 def worst_canvas(sizes_px: Iterable[Size], policy: Augmentation) -> Size:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from detr_accel.data import source as seeds
-from detr_accel.data.geometry import Augmentation, Plan, canvas, eval_plan, train_plan
+from detr_accel.data.geometry import Augmentation, Plan, canvas, eval_plan, train_plan, window_scale
 from detr_accel.data.source import Source
 
 
@@ -36,6 +36,32 @@ def windows_per_epoch(num_images: int, batch_size: int) -> int:
 def permutation(seed: int, epoch: int, num_images: int) -> np.ndarray:
     """The order of one epoch: int64 [num_images], a function of nothing else."""
     return seeds.generator(seed, seeds.ORDER, epoch).permutation(num_images)
+
+
+SQUARE = 1.15  # the longer side is at most this much longer than the other
+
+
+def shapes_of(source: Source) -> np.ndarray:
+    """int64 [num_images]: 0 tall, 1 square, 2 wide."""
+    h, w = np.array([source.size_px(i) for i in range(len(source))], np.float64).reshape(-1, 2).T
+    return 1 + (w > SQUARE * h).astype(np.int64) - (h > SQUARE * w)
+
+
+def by_shape(order: np.ndarray, shapes: np.ndarray, batch_size: int, seed: int, epoch: int) -> np.ndarray:
+    """An epoch's order again, such that a window holds tall, square or wide images, and the windows come mixed.
+
+    The images of each shape keep their order. Shapes meet in at most two windows of an epoch, where one runs out, and a
+    short window stays the last.
+
+    Args:
+        order: int64 [num_images], a permutation.
+        shapes: int64 [num_images], of each image.
+    """
+    sorted_ = order[np.argsort(shapes[order], kind="stable")]
+    whole = len(order) // batch_size
+    windows = seeds.generator(seed, seeds.WINDOWS, epoch).permutation(whole)
+    head = sorted_[: whole * batch_size].reshape(whole, batch_size)[windows]
+    return np.concatenate((head.reshape(-1), sorted_[whole * batch_size :]))
 
 
 def share(num: int, rank: int, num_ranks: int) -> range:
@@ -62,6 +88,7 @@ class TrainTasks:
     num_ranks: int
     start_window: int
     end_window: int
+    shapes: np.ndarray | None = None  # of the images (``shapes_of``), where windows go by shape
 
     def window_positions(self, window: int) -> range:
         """Global positions in the epoch, of all ranks."""
@@ -78,8 +105,14 @@ class TrainTasks:
         for window in range(self.start_window, self.end_window):
             epoch = window // per_epoch
             if epoch != known_epoch:
-                known_epoch, order = epoch, permutation(self.seed, epoch, len(self.source))
+                known_epoch, order = epoch, self._order(epoch)
             yield from self._cut(window, epoch, order)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        order = permutation(self.seed, epoch, len(self.source))
+        if self.shapes is None:
+            return order
+        return by_shape(order, self.shapes, self.batch_size, self.seed, epoch)
 
     def __len__(self) -> int:
         return sum(self.num_tasks(w) for w in range(self.start_window, self.end_window))
@@ -87,16 +120,17 @@ class TrainTasks:
     def _cut(self, window: int, epoch: int, order: np.ndarray) -> Iterator[Task]:
         positions = self.window_positions(window)
         indices = [int(order[p]) for p in positions]
-        plans = [self._plan(epoch, i) for i in indices]
+        scale = window_scale(seeds.generator(self.seed, seeds.WINDOW_SCALE, window), self.policy)
+        plans = [self._plan(epoch, i, scale) for i in indices]
         size = canvas(plans)
         mine = share(len(positions), self.rank, self.num_ranks)
         for start in range(mine.start, mine.stop, self.micro):
             part = slice(start, min(start + self.micro, mine.stop))
             yield Task(window, epoch, tuple(positions[part]), tuple(indices[part]), tuple(plans[part]), size)
 
-    def _plan(self, epoch: int, index: int) -> Plan:
+    def _plan(self, epoch: int, index: int, scale: int | None) -> Plan:
         rng = seeds.generator(self.seed, seeds.GEOMETRY, epoch, index)
-        return train_plan(rng, self.source.size_px(index), self.policy)
+        return train_plan(rng, self.source.size_px(index), self.policy, scale)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 from detr_accel.structures import Classes, Sample
 
 # First word after the seed: keeps the streams of different purposes apart.
-ORDER, GEOMETRY, SPLIT, SHAPES_TRAIN, SHAPES_VAL, SHAPES_SIZES = range(6)
+ORDER, GEOMETRY, SPLIT, SHAPES_TRAIN, SHAPES_VAL, SHAPES_SIZES, WINDOWS, WINDOW_SCALE = range(8)
 
 
 class Source(Protocol):

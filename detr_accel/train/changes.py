@@ -24,10 +24,13 @@ RULES = {
     "data.train_annotations": SAFE,
     "data.val_images": SAFE,
     "data.val_annotations": SAFE,
+    "data.group_by_shape": FORBIDDEN,  # another sample order
     "data.val_fraction": FORBIDDEN,  # the split is saved with the run
     "data.on_bad": SAFE,  # what it leaves out is in the data's fingerprint
     "data.workers": SAFE,
     "data.prefetch": SAFE,
+    "data.cache": SAFE,
+    "data.cache_folder": SAFE,
     "data.pixels": SAFE,  # the same pictures to one of 255 steps
     "data.shapes": FORBIDDEN,
     "model": FORBIDDEN,

@@ -1,9 +1,18 @@
 """Who gets which image when is arithmetic on (seed, epoch, position); ranks, cuts and starts change nothing."""
 
+import numpy as np
 import pytest
 
 from detr_accel.data.geometry import Augmentation
-from detr_accel.data.sampler import EvalTasks, TrainTasks, permutation, share, windows_per_epoch
+from detr_accel.data.sampler import (
+    EvalTasks,
+    TrainTasks,
+    by_shape,
+    permutation,
+    shapes_of,
+    share,
+    windows_per_epoch,
+)
 from detr_accel.data.shapes import ShapesSource
 
 POLICY = Augmentation(0.5, (24, 32, 40), 64, 0.5, (28, 36), (16, 30))
@@ -87,3 +96,77 @@ def test_evaluation_deals_whole_batches_in_turn(num_ranks):
     dealt = [parts[n % num_ranks][n // num_ranks] for n in range(len(alone))]
     assert dealt == alone and sum(map(len, parts)) == len(alone)
     assert [i for t in alone for i in t.indices] == list(range(21))
+
+
+class Sizes:
+    """A source of which only sizes are asked."""
+
+    def __init__(self, sizes_px):
+        self.sizes_px = sizes_px
+
+    def __len__(self):
+        return len(self.sizes_px)
+
+    def size_px(self, index):
+        return self.sizes_px[index]
+
+
+@pytest.mark.parametrize("counts", [(40, 30, 50), (3, 0, 90), (0, 0, 17), (1, 1, 1)])
+def test_windows_by_shape_hold_one_shape_each_image_once_and_come_mixed(counts):
+    sizes = [(640, 480)] * counts[0] + [(500, 520)] * counts[1] + [(480, 640)] * counts[2]
+    shapes = shapes_of(Sizes(sizes))
+    assert np.bincount(shapes, minlength=3).tolist() == list(counts)
+    orders = []
+    for epoch in range(3):
+        plain = permutation(5, epoch, len(sizes))
+        order = by_shape(plain, shapes, 8, 5, epoch)
+        assert sorted(order) == list(range(len(sizes)))
+        windows = [set(shapes[order[i : i + 8]]) for i in range(0, len(order), 8)]
+        assert sum(len(w) > 1 for w in windows) <= 2
+        for shape in range(3):  # each shape keeps the order that was drawn, window by window
+            cuts = [order[i : i + 8] for i in range(0, len(order), 8)]
+            mine = [list(cut) for cut in cuts if set(shapes[cut]) == {shape}]
+            assert all(w == [i for i in plain if i in w] for w in mine)
+        orders.append(tuple(order))
+    assert len(set(orders)) == (3 if len(sizes) > 3 else len(set(orders)))
+
+
+def test_shapes_are_told_by_the_longer_side():
+    assert shapes_of(Sizes([(100, 100), (114, 100), (116, 100), (100, 114), (100, 116)])).tolist() == [1, 1, 0, 1, 2]
+
+
+@pytest.mark.law2
+def test_windows_by_shape_start_anywhere():
+    def by(start, rank=0, num_ranks=1, micro=8):
+        return TrainTasks(SOURCE, POLICY, 8, micro, 5, rank, num_ranks, start, 7, shapes_of(SOURCE))
+
+    whole = list(by(0))
+    assert flat(whole) != flat(tasks())
+    for start in range(7):
+        assert list(by(start)) == [t for t in whole if t.window >= start]
+    assert flat([*by(0, 0, 2, 3), *by(0, 1, 2, 3)]) == flat(whole)
+
+
+def test_less_of_a_window_is_padding():
+    rng = np.random.default_rng(0)
+    sizes = [(480, 640) if rng.random() < 0.7 else (640, 480) for _ in range(160)]
+
+    def padding(shapes, scale_by="image") -> float:
+        policy = Augmentation(0.5, (480, 640, 800), 1333, 0.0, (400,), (384, 600), scale_by)
+        filled = held = 0
+        for task in TrainTasks(Sizes(sizes), policy, 8, 8, 5, 0, 1, 0, 20, shapes):
+            held += len(task.plans) * task.canvas_px[0] * task.canvas_px[1]
+            filled += sum(p.size_px[0] * p.size_px[1] for p in task.plans)
+        return 1 - filled / held
+
+    shapes = shapes_of(Sizes(sizes))
+    assert padding(None) > 0.4 and padding(None) > padding(shapes) > padding(shapes, "window")
+    assert padding(shapes, "window") < 0.05
+
+
+def test_a_window_may_have_one_scale():
+    policy = Augmentation(0.5, (24, 32, 40), 200, 0.5, (28, 36), (16, 30), "window")
+    shorts = {}
+    for task in TrainTasks(SOURCE, policy, 8, 8, 5, 0, 1, 0, 40):
+        (shorts[task.window],) = {min(plan.size_px) for plan in task.plans}
+    assert set(shorts.values()) == {24, 32, 40}
