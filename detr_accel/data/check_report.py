@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from detr_accel.data.check import Finding, Report
 from detr_accel.data.coco import CocoSource
 from detr_accel.data.decode import read_rgb
+from detr_accel.data.dirt import printable
 from detr_accel.structures import UserError, writing
 
 _THUMB = 220  # px, the longer side
@@ -62,7 +63,7 @@ def table(report: Report) -> str:
         lines.append("boxes by class: " + ", ".join(_class(row, splits) for row in report.classes[:_MOST_CLASSES]))
         if len(report.classes) > _MOST_CLASSES:
             lines[-1] += f", and {len(report.classes) - _MOST_CLASSES} more"
-    return "\n".join([*lines, verdict(report)])
+    return printable("\n".join([*lines, verdict(report)]))
 
 
 def _about(about: dict) -> str:

@@ -131,4 +131,10 @@ class Dirt:
 
 
 def _short(text: str) -> str:
+    text = printable(text)
     return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def printable(text: str) -> str:
+    """A name on disk may hold bytes that are no UTF-8, which no console and no json file takes."""
+    return text.encode("utf-8", "backslashreplace").decode()

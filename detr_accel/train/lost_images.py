@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from accelerate.utils import gather_object
 
+from detr_accel.data.dirt import printable
 from detr_accel.structures import Lost, UserError
 from detr_accel.train import parts
 from detr_accel.train.checkpoint import State
@@ -58,4 +59,4 @@ def words(lost: Iterable[Lost], named: set[int]) -> str:
     new = sorted({image_id: why for image_id, why in lost if image_id not in named}.items())
     named.update(image_id for image_id, _ in new)
     shown = "; ".join(why for _, why in new[:_SHOWN])
-    return shown + (f"; and {len(new) - _SHOWN} more" if len(new) > _SHOWN else "")
+    return printable(shown) + (f"; and {len(new) - _SHOWN} more" if len(new) > _SHOWN else "")

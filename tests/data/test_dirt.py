@@ -19,6 +19,7 @@ from detr_accel.data.decode import read_rgb, same_shape
 from detr_accel.data.dirt import KINDS, Dirt
 from detr_accel.data.settle import other_format
 from detr_accel.structures import UserError
+from detr_accel.train import lost_images
 
 DATA = Path(__file__).parents[2].parent / "shared/data"
 pytestmark = pytest.mark.law8
@@ -552,6 +553,21 @@ def test_fuzzed_image_files_give_a_picture_of_the_right_size_or_a_sentence(tmp_p
         assert size is None or least is not None or image.shape[:2] == size
         read += 1
     assert read > 500 and refused > 500
+
+
+def test_names_that_are_no_utf8_reach_every_console_and_file(folder, recipe_for):
+    name = "caf\udce9.png"
+    spoil(folder, put("images", 1, file_name=name))
+    said = "\n".join(data.build(recipe_for(folder)).found)
+    assert "1 images whose file is not there" in said and b"caf\\udce9.png" in said.encode()
+    (folder / "train" / name).write_bytes(b"no image")
+    source = data.build(recipe_for(folder)).train
+    with pytest.raises(UserError) as caught:
+        source.sample(1)
+    assert b"caf\\udce9.png" in lost_images.words([(2, str(caught.value))], set()).encode()
+    report = data.check(recipe_for(folder))
+    data.check_report.table(report).encode()
+    data.check_report.write(report, folder / "out", "x")
 
 
 def test_the_collector_keeps_few_examples():
