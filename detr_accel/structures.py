@@ -136,6 +136,8 @@ class Batch:
         self.mask.share_memory_()
 
     def pin_memory(self) -> Batch:
+        if not len(self):  # all are lost: nothing to pin
+            return self
         return replace(self, images=self.images.pin_memory(), mask=self.mask.pin_memory())
 
 

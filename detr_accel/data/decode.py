@@ -82,14 +82,43 @@ def _turned(path: str | Path, picture: Image.Image, size_px: tuple[int, int] | N
     stored = (picture.height, picture.width)
     if stored == size_px:
         return picture
-    turned = ImageOps.exif_transpose(picture)
-    if size_px is None or (turned.height, turned.width) == size_px:
-        return turned
-    fits = [same_shape(p, size_px) for p in (stored, (turned.height, turned.width))]
-    if scale and any(fits) and (not all(fits) or picture.getexif().get(_ORIENTATION, 1) == 1):
-        return picture if fits[0] else turned
-    raise UserError(
-        f"image {path} is {stored[1]}x{stored[0]} pixels (width x height), its record says "
+    if size_px is None:
+        return ImageOps.exif_transpose(picture)
+    turn, scaled = _reading(stored, picture.getexif().get(_ORIENTATION, 1), size_px)
+    if turn is None or (scaled and not scale):
+        raise UserError(other_size(path, stored, size_px))
+    return ImageOps.exif_transpose(picture) if turn else picture
+
+
+def _reading(stored_px: tuple[int, int], orientation: int, size_px: tuple[int, int]) -> tuple[bool | None, bool]:
+    """Whether the record's size is the picture's after its EXIF rotation (None: nobody can tell), and whether in
+    another size."""
+    turned = stored_px[::-1] if orientation in (5, 6, 7, 8) else stored_px
+    for turn, size in ((False, stored_px), (True, turned)):
+        if size == size_px:
+            return turn, False
+    fits = [same_shape(size, size_px) for size in (stored_px, turned)]
+    if not any(fits) or (all(fits) and orientation not in (0, 1)):
+        return None, False
+    return not fits[0], True
+
+
+def size_fault(path: str | Path, size_px: tuple[int, int]) -> tuple[str, str]:
+    """From the header alone: the kind of dirt, where a file has another size than its record says, and the sentence.
+    Empty where it has not, or where decoding will say what is wrong."""
+    try:
+        with Image.open(path) as picture:
+            stored, orientation = (picture.height, picture.width), picture.getexif().get(_ORIENTATION, 1)
+    except Exception:  # a file that is no image
+        return "", ""
+    turn, scaled = _reading(stored, orientation, size_px)
+    kind = "image.other_size" if turn is None else "image.scaled" if scaled else ""
+    return kind, other_size(path, stored, size_px) if kind else ""
+
+
+def other_size(path: str | Path, stored_px: tuple[int, int], size_px: tuple[int, int]) -> str:
+    return (
+        f"image {path} is {stored_px[1]}x{stored_px[0]} pixels (width x height), its record says "
         f"{size_px[1]}x{size_px[0]}: mend the record, or put the right file there"
     )
 

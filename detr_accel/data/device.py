@@ -52,6 +52,8 @@ class PlannedBatch:
         )  # fmt: skip
 
     def pin_memory(self) -> PlannedBatch:
+        if not len(self):  # all are lost: nothing to pin, nothing to send
+            return self
         return replace(self, pixels=self.pixels.pin_memory())
 
     def share_memory_(self) -> None:
@@ -59,6 +61,8 @@ class PlannedBatch:
 
     def send(self, device: torch.device, stream: torch.cuda.Stream) -> PlannedBatch:
         """Start the copy to a GPU on a stream of its own; ``to`` waits for it, on the device."""
+        if not len(self):
+            return self
         with torch.cuda.stream(stream):
             pixels = self.pixels.to(device, non_blocking=True)
             arrived = torch.cuda.Event()

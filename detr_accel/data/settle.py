@@ -12,11 +12,12 @@ import numpy as np
 
 from detr_accel.data.coco import clip
 from detr_accel.data.coco_json import Strings, Table
-from detr_accel.data.decode import header_size
+from detr_accel.data.decode import header_size, size_fault
 from detr_accel.data.dirt import EXAMPLES, Dirt
 from detr_accel.structures import UserError
 
 ROUNDING = 0.01  # of an image's side: a box that ends so little outside was rounded there
+LOOKED_AT = 500  # files whose size is compared with their record's before training
 FEWEST, LEAVING, FITS = 20, 0.3, 0.99  # when boxes are in another format: so many; shares that leave, that then fit
 
 
@@ -46,7 +47,24 @@ def settle(table: Table, folder: Path, paths: Strings, dirt: Dirt) -> tuple[Tabl
         raise UserError(f"{table.path}: none of its images can be used: {next(iter(dirt.examples.values()))[0]}")
     table = replace(table, again=_again(table))
     _count_boxes(table, dirt)
+    _look_at_sizes(table, folder, paths, dirt)
     return table, paths
+
+
+def _look_at_sizes(table: Table, folder: Path, paths: Strings, dirt: Dirt) -> None:
+    """Sizes of some files against their records: a folder that was resized shows at once, and the headers of 100,000
+    files are not read. Decoding looks at each; ``check-data`` tells of all."""
+    looked = range(0, len(table), -(-len(table) // LOOKED_AT))
+    found: dict[str, list[tuple[int, str]]] = {}
+    for row in looked:
+        if paths[row]:
+            kind, text = size_fault(f"{folder}/{paths[row]}", tuple(table.sizes_px[row].tolist()))
+            if kind:
+                found.setdefault(kind, []).append((row, text))
+    for kind, rows in found.items():
+        places = [(table.file_names[row], None) for row, _ in rows]
+        texts = [f"{text} ({len(looked)} of {len(table)} files looked at)" for _, text in rows[:EXAMPLES]]
+        dirt.note(kind, f"{table.path}: {rows[0][1]}", len(rows), texts, places)
 
 
 def _stay(target: np.ndarray) -> np.ndarray:

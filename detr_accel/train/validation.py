@@ -107,9 +107,8 @@ class Validation:
     def _train_loss(self) -> dict[str, float]:
         if not len(self.trained):
             return {}
-        return set_loss.over(
-            self._batches(self.trained, keep_faults=True), self.model.eval(), self.criterion, self.accelerator
-        )
+        batches = self._batches(self.trained, keep_faults=self.recipe.data.on_bad == "stop")
+        return set_loss.over(batches, self.model.eval(), self.criterion, self.accelerator)
 
     def _batches(self, source, **keep):
         accelerator, model = self.accelerator, self.model

@@ -1,6 +1,8 @@
 """``detr-accel check-data``: each kind of dirt is found, counted, shown, and told what training does about it."""
 
+import importlib.util
 import json
+import random
 import re
 from pathlib import Path
 
@@ -292,6 +294,25 @@ def test_genuine_data(name, harm):
     assert {f.kind for f in report.findings if f.harm} == harm
     if name == "bccd":
         assert found(report) == {("train", "box.flat"): 2, ("train", "box.overlap"): 6, ("val", "box.overlap"): 1}
+
+
+def test_fuzzed_annotations_never_crash_the_check(tmp_path, write_split):
+    spec = importlib.util.spec_from_file_location("dirt_for_check", Path(__file__).with_name("test_dirt.py"))
+    dirt = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(dirt)
+    tree = write_split(tmp_path / "annotations/train.json", tmp_path / "images", 5)
+    write_split(tmp_path / "annotations/val.json", tmp_path / "images", 2, first=6)
+    rng, told = random.Random(5), 0
+    for case in range(300):
+        text = json.dumps(dirt.mutate(rng, tree))
+        (tmp_path / "annotations/train.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+        with dirt.at_most(20):
+            report = report_of(tmp_path, ("mend", "drop", "stop")[case % 3])
+            data.check_report.table(report).encode()
+            data.check_report.page(report, "x")
+            json.dumps(report.to_json())
+        told += len(report.findings) > 0
+    assert told > 250
 
 
 def test_no_kind_has_two_meanings():
