@@ -100,19 +100,15 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--branch", type=Path, metavar="RUN", help="begin from the last checkpoint of another run, as a run of its own"
     )
-
-    p = verb(
-        "check-data", _check_data, "every record and file of a data set: what is odd, and what training does about it",
-        overrides=True,
+    p.add_argument(
+        "--rehearse", action="store_true",
+        help="before a long run: check data, memory, learning, saving, resuming, W&B, disk and time in minutes, in a "
+        "folder of its own; exit code 0: safe to leave, 1: not, and why",
     )  # fmt: skip
-    p.add_argument("data", help="a COCO folder, or a recipe (YAML), whose keys can then be set as key=value")
-    p.add_argument("--out", type=Path, metavar="FOLDER", help="also write report.html, with pictures, and report.json")
-    p.add_argument("--workers", type=int, help="processes that decode (default: one for each core, at most 8)")
-    p.add_argument("--json", action="store_true")
+    p.add_argument("--rehearse-minutes", type=float, default=10.0, metavar="M", help="about how long (default: 10)")
+    p.add_argument("--rehearsal-job", type=Path, help=argparse.SUPPRESS)  # a rehearsal's own children
 
-    p = verb("start", _start, "write a first recipe for a data set, each line with its reason")
-    p.add_argument("folder", type=Path, help="a COCO folder")
-    p.add_argument("--out", type=Path, help="the recipe (default: NAME.yaml here, NAME being the folder's)")
+    _data_verbs(verb)
 
     p = verb("eval", _eval, "COCO metrics of a run or checkpoint")
     p.add_argument("model", help="run, checkpoint, model folder, .pth or .safetensors")
@@ -129,6 +125,19 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, required=True, help="folder for the pictures and detections.json")
     p.add_argument("--threshold", type=float, default=None, help="least score (default: the checkpoint's best F1)")
     _model_options(p)
+
+    p = verb(
+        "plan", _plan, "memory and batch of a recipe before a run, without a GPU; recipe keys can be set as key=value",
+        overrides=True,
+    )  # fmt: skip
+    p.add_argument("recipe", help="YAML file")
+    p.add_argument("--memory", required=True, help="of one device, with its unit: 16GiB, 16GB, 16384MiB")
+    p.add_argument("--devices", type=int, default=1, metavar="N", help="training processes, one a device (default: 1)")
+    p.add_argument("--precision", choices=["no", "bf16", "fp16"], help="default: the recipe's, or float32")
+    p.add_argument(
+        "--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: a GPU, unless the recipe says cpu"
+    )
+    p.add_argument("--json", action="store_true")
 
     p = verb("replay", _replay, "run a captured window that was not finite again, and say what made it fail")
     p.add_argument("capture", help="runs/NAME/captures/window-XXXXXXXX, or a run with one capture")
@@ -165,6 +174,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _data_verbs(verb) -> None:
+    p = verb(
+        "check-data", _check_data, "every record and file of a data set: what is odd, and what training does about it",
+        overrides=True,
+    )  # fmt: skip
+    p.add_argument("data", help="a COCO folder, or a recipe (YAML), whose keys can then be set as key=value")
+    p.add_argument("--out", type=Path, metavar="FOLDER", help="also write report.html, with pictures, and report.json")
+    p.add_argument("--workers", type=int, help="processes that decode (default: one for each core, at most 8)")
+    p.add_argument("--json", action="store_true")
+
+    p = verb("start", _start, "write a first recipe for a data set, each line with its reason")
+    p.add_argument("folder", type=Path, help="a COCO folder")
+    p.add_argument("--out", type=Path, help="the recipe (default: NAME.yaml here, NAME being the folder's)")
+
+
 def _model_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--decoder-layers", type=int, metavar="N", help="use only the first N decoder layers: faster, a little less AP"
@@ -178,9 +202,24 @@ def _train(args, overrides) -> int:
     from detr_accel.train.loop import train
 
     resume = "auto" if args.resume == "auto" else args.resume == "yes"
-    train(recipes.load(args.recipe, overrides), runs=args.runs, resume=resume, branch=args.branch)
+    recipe = recipes.load(args.recipe, overrides)
+    if args.rehearse or args.rehearsal_job:
+        return _rehearse(args, recipe, resume)
+    train(recipe, runs=args.runs, resume=resume, branch=args.branch)
     launch.leave()
     return 0
+
+
+def _rehearse(args, recipe, resume) -> int:
+    from detr_accel.train import launch, rehearsal
+
+    if args.rehearsal_job:
+        rehearsal.job(recipe, args.rehearsal_job, args.runs, resume)
+        launch.leave()
+        return 0
+    if resume or args.branch:
+        raise UserError("--rehearse rehearses a fresh start: leave --resume and --branch out")
+    return rehearsal.main(recipe, args.runs, args.rehearse_minutes)
 
 
 def _check_data(args, overrides) -> int:
@@ -246,6 +285,17 @@ def _predict(args, _) -> int:
     )  # fmt: skip
     print(json.dumps(summary, indent=1) if args.json else "\n".join(summary["notes"]))
     return 1 if summary["skipped"] else 0
+
+
+def _plan(args, overrides) -> int:
+    from detr_accel.train import plan, plan_report
+
+    found = plan.plan(
+        recipes.load(args.recipe, overrides), plan.parse_memory(args.memory), devices=args.devices,
+        precision=args.precision, device=args.device, quiet=args.json,
+    )  # fmt: skip
+    print(json.dumps(plan_report.to_json(found), indent=1) if args.json else "\n".join(plan_report.lines(found)))
+    return 0 if found.fits else 1
 
 
 def _replay(args, _) -> int:

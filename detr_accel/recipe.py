@@ -351,6 +351,17 @@ class Health(Section):
     """Most disk space of all captures together, in GiB."""
 
 
+class Alarms(Section):
+    """Words about a run that does not learn as it should: docs/not-learning.md has them all. They change nothing."""
+
+    enabled: bool = True
+    """Judge every window and every evaluation."""
+    off: list[Text] = []
+    """Titles of alarms that are not to speak, such as ``Plateau``."""
+    again_after: Positive = 1000
+    """Windows until an alarm that goes on is said again."""
+
+
 class Wandb(Section):
     """Weights & Biases. Without an account or key the run is written offline; it never asks and never hangs."""
 
@@ -421,6 +432,8 @@ class Recipe(Section):
     """Saving."""
     health: Health = Health()
     """Windows that are not finite."""
+    alarms: Alarms = Alarms()
+    """Runs that do not learn."""
     log: Log = Log()
     """Reporting."""
     dist: Dist = Dist()

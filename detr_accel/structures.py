@@ -77,6 +77,7 @@ class Sample:
     image_id: int
     boxes_xyxy_px: np.ndarray  # float32 [N, 4]
     labels: np.ndarray  # int64 [N], contiguous
+    num_cut: int = 0  # boxes that ran out of the image by more than rounding, and were cut at its border
 
 
 @dataclass
@@ -88,6 +89,8 @@ class Targets:
     boxes_cxcywh: torch.Tensor  # float32 [N, 4], 0..1 of ``size_px``
     size_px: tuple[int, int]  # (h, w) of the un-padded image that reaches the model
     orig_size_px: tuple[int, int]  # (h, w) of the file
+    num_cut: int = 0  # as in Sample
+    is_blank: bool = False  # every pixel of the file has one colour
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
         return replace(
@@ -170,3 +173,5 @@ class StepStats:
     accepted: bool = True
     num_dropped: int = 0  # images so far whose places were left empty, because they could not be read
     extra: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, float] = field(default_factory=dict)  # of the targets, over all processes: see train.window.FACTS
+    memory_fraction: float | None = None  # how much of the device's memory is taken; None where nobody looked

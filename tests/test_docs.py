@@ -24,8 +24,8 @@ _spec.loader.exec_module(runs)
 ROOT = runs.ROOT
 
 TEXTS = [
-    "README.md", "docs/own-data.md", "docs/nan.md", "docs/out-of-memory.md", "docs/resume.md", "docs/overfitting.md",
-    "docs/speed.md",
+    "README.md", "docs/own-data.md", "docs/nan.md", "docs/not-learning.md", "docs/out-of-memory.md", "docs/resume.md",
+    "docs/overfitting.md", "docs/speed.md", "docs/rehearsal.md",
 ]  # fmt: skip
 NOT_RUN = {
     "make train": "installs the whole environment; .ci/run does",
@@ -87,6 +87,7 @@ def run(place: Path, command: str) -> None:
         command += " --seconds 1 schedule.steps=40"
     if "train.py" in command or "doctor recipes" in command:
         said = {word.partition("=")[0] for word in command.split()}
+        command += " --rehearse-minutes 0.05" if "--rehearse" in command else ""
         command += " " + " ".join(f"'{a}'" for a in SMALL if a.partition("=")[0] not in said)
     env = {
         **os.environ, "PATH": f"{place / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",

@@ -2,57 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from detr_accel.data import cache, check_report, coco_json, first_recipe, layout, loader
+from detr_accel.data import cache, check_report, first_recipe, layout, loader, opening
 from detr_accel.data import check as checks
-from detr_accel.data import source as seeds
-from detr_accel.data.coco import CocoSource, classes_like, classes_of
+from detr_accel.data.collate import make_batch
 from detr_accel.data.cost import ImageCost, image_cost
 from detr_accel.data.device import PlannedBatch, ahead
 from detr_accel.data.dirt import Dirt
-from detr_accel.data.geometry import Augmentation, largest_first, resized, worst_canvas
+from detr_accel.data.geometry import Augmentation, canvas, eval_plan, largest_first, resized, worst_canvas
 from detr_accel.data.images import ImageFiles
 from detr_accel.data.loader import without_lost, worker_death
-from detr_accel.data.sampler import EvalTasks, TrainTasks, shapes_of, share, windows_per_epoch
-from detr_accel.data.settle import settle
+from detr_accel.data.opening import Splits, describe
+from detr_accel.data.sampler import EvalTasks, Task, TrainTasks, shapes_of, share, windows_per_epoch
 from detr_accel.data.shapes import ShapesSource
 from detr_accel.data.source import Source, Subset
 from detr_accel.recipe import Recipe
-from detr_accel.structures import Batch, Classes, UserError
+from detr_accel.structures import Batch, UserError
 
 __all__ = [
-    "ImageCost", "ImageFiles", "PlannedBatch", "Source", "Splits", "Subset", "build", "check", "check_report", "cost",
-    "describe", "eval_batches", "eval_source", "first_recipe_for", "share", "train_windows", "windows_per_epoch",
-    "with_cache", "without_lost", "worker_death",
+    "Demands", "ImageCost", "ImageFiles", "PlannedBatch", "Source", "Splits", "Subset", "build", "cache_room", "check",
+    "check_report", "cost", "demands", "describe", "eval_batches", "eval_source", "first_recipe_for", "is_there",
+    "share", "still_window", "train_windows", "windows_per_epoch", "with_cache", "without_lost", "worker_death",
     "worst_window",
 ]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Splits:
-    """Both splits, and what to tell and to keep about them."""
-
-    train: Source
-    val: Source
-    found: list[str]  # lines for the console
-    split_json: dict | None = None  # the image ids of each split, where one json was cut in two
-
-
-def build(recipe: Recipe, split_json: dict | None = None) -> Splits:
+def build(recipe: Recipe, split_json: dict | None = None, max_val_images: int | None = None) -> Splits:
     """Open the data set of a recipe.
 
     Args:
         split_json: a split saved before (``Splits.split_json``); otherwise one is drawn from the seed where needed.
+        max_val_images: a rehearsal evaluates on so many images of the validation split; None takes all.
     Raises:
         UserError: something is missing or broken; names file, record and value.
     """
-    return _FORMATS[recipe.data.format](recipe, split_json)
+    splits = _FORMATS[recipe.data.format](recipe, split_json)
+    return splits if max_val_images is None else replace(splits, val=splits.val.head(max_val_images))
 
 
 def _build_shapes(recipe: Recipe, _: dict | None) -> Splits:
@@ -71,8 +61,8 @@ def _shapes(recipe: Recipe, split: str) -> ShapesSource:
 def _build_coco(recipe: Recipe, split_json: dict | None) -> Splits:
     d = recipe.data
     root = Path(d.root).expanduser() if d.root is not None else Path()
-    train_json = _explicit(root, d.train_annotations)
-    val_json = _explicit(root, d.val_annotations)
+    train_json = opening.explicit(root, d.train_annotations)
+    val_json = opening.explicit(root, d.val_annotations)
     if train_json is None:
         found = layout.find_jsons(root)
         train_json = layout.pick(found, "train", root) or layout.pick(found, "", root)
@@ -81,110 +71,21 @@ def _build_coco(recipe: Recipe, split_json: dict | None) -> Splits:
             there = ", ".join(sorted(found))
             raise UserError(f"{root} has jsons for {there} but none to train on: set data.train_annotations")
     found, more = Dirt(d.on_bad), Dirt(d.on_bad)
-    train = _open(train_json, root, "train", _explicit(root, d.train_images), found)
+    train = opening.open_split(train_json, root, "train", opening.explicit(root, d.train_images), found)
     if val_json is None:
-        splits = _cut(train, split_json or _draw_split(train, d.val_fraction, recipe.seed))
-        return replace(splits, found=[*splits.found, *found.lines("both", _DESCRIBED)])
-    val = _open(val_json, root, "val", _explicit(root, d.val_images), more, train.classes)
-    _check_targets(train)
-    lines = [_line("train", train), _line("val", val), *_shared_files(train, val), *_unused(train), *_no_boxes(val)]
-    return Splits(train, val, [*lines, *found.lines("train", _DESCRIBED), *more.lines("val", _DESCRIBED)])
+        splits = opening.cut(train, split_json or opening.draw_split(train, d.val_fraction, recipe.seed))
+        return replace(splits, found=[*splits.found, *found.lines("both", opening.DESCRIBED)])
+    val = opening.open_split(val_json, root, "val", opening.explicit(root, d.val_images), more, train.classes)
+    opening.check_targets(train)
+    lines = [
+        opening.line("train", train), opening.line("val", val), *opening.shared_files(train, val),
+        *opening.unused(train), *opening.no_boxes(val), *found.lines("train", opening.DESCRIBED),
+        *more.lines("val", opening.DESCRIBED),
+    ]  # fmt: skip
+    return Splits(train, val, lines)
 
-
-_DESCRIBED = ("box.flat", "box.outside")  # in a source's own line
 
 _FORMATS = {"coco": _build_coco, "shapes": _build_shapes}
-
-
-def _explicit(root: Path, path: str | None) -> Path | None:
-    if path is None:
-        return None
-    full = root / Path(path).expanduser()
-    if not full.exists():
-        raise UserError(f"{full} does not exist (from {path!r} in the recipe)")
-    return full
-
-
-def _open(
-    json_path: Path, root: Path, split: str, images: Path | None, dirt: Dirt, like: Classes | None = None
-) -> CocoSource:
-    table = coco_json.read(json_path, dirt)
-    folders = [images] if images is not None else layout.image_folders(json_path, root, split)
-    folder, paths = layout.locate(json_path, table.file_names, folders, dirt)
-    table, paths = settle(table, folder, paths, dirt)
-    classes = classes_of(table) if like is None else classes_like(like, table)
-    return CocoSource(table, folder, paths, classes, scale=dirt.policy == "mend")
-
-
-def _draw_split(source: CocoSource, val_fraction: float, seed: int) -> dict:
-    """A function of the seed and the set of image ids, whatever their order in the file."""
-    ids = np.sort(source.table.image_ids)
-    if len(ids) < 2:
-        raise UserError(f"{source.table.path} lists one image: a training and a validation split need two")
-    num_val = min(max(1, round(len(ids) * val_fraction)), len(ids) - 1)
-    order = seeds.generator(seed, seeds.SPLIT).permutation(len(ids))
-    parts = {"train": ids[np.sort(order[num_val:])], "val": ids[np.sort(order[:num_val])]}
-    return {"seed": seed, "val_fraction": val_fraction, **{name: part.tolist() for name, part in parts.items()}}
-
-
-def _cut(source: CocoSource, split_json: dict) -> Splits:
-    row_of = {image_id: row for row, image_id in enumerate(source.table.image_ids.tolist())}
-    gone = [i for name in ("train", "val") for i in split_json[name] if i not in row_of]
-    if gone:
-        raise UserError(f"{source.table.path} no longer has image {gone[0]} of the saved split ({len(gone)} are gone)")
-    train, val = (source.subset(sorted(row_of[i] for i in split_json[name])) for name in ("train", "val"))
-    _check_targets(train)
-    new = len(row_of) - len(train) - len(val)
-    lines = [
-        f"data: one json, cut by seed {split_json['seed']} into train and val (the split is saved with the run)",
-        _line("train", train), _line("val", val), *_unused(train), *_no_boxes(val),
-    ]  # fmt: skip
-    if new:
-        lines.append(f"data: {new} images came after the split was saved; they are in neither part")
-    return Splits(train, val, lines, split_json)
-
-
-def _line(split: str, source: CocoSource) -> str:
-    return f"data: {split}: {describe(source)}"
-
-
-def describe(source: Source) -> str:
-    """Which images these are, in one line."""
-    if isinstance(source, CocoSource):
-        return f"{source.describe()}; {source.table.path}, images in {source.folder}"
-    return f"{len(source)} procedural shapes"
-
-
-def _unused(train: CocoSource) -> list[str]:
-    used = set(np.unique(train.table.category_ids).tolist())
-    names = [n for c, n in train.table.categories.items() if c not in used]
-    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    return [f"data: {len(names)} classes have no box in the training json: {shown}"] if names else []
-
-
-def _check_targets(train: CocoSource) -> None:
-    """
-    Raises:
-        UserError: not one box to learn from.
-    """
-    if train.num_targets() == 0:
-        raise UserError(
-            f"{train.table.path}: no image of the training split has a box that could be learned from "
-            f"({train.describe()}): add annotations, or set data.train_annotations to the right json"
-        )
-
-
-def _no_boxes(val: CocoSource) -> list[str]:
-    if val.num_targets():
-        return []
-    return [f"data: warning: the validation split has no boxes ({val.table.path}), so its metrics will be empty"]
-
-
-def _shared_files(train: CocoSource, val: CocoSource) -> list[str]:
-    if train.folder != val.folder:
-        return []
-    num = len({train.name(i) for i in range(len(train))} & {val.name(i) for i in range(len(val))})
-    return [f"data: warning: {num} images are in both splits, so the validation figures will flatter"] if num else []
 
 
 def eval_source(
@@ -214,7 +115,7 @@ def eval_source(
     if path is None:
         there = ", ".join(s or "one that names no split" for s in found)
         raise UserError(f"{root} has no json for the split {wanted!r}, it has: {there}; choose with --split")
-    return _open(path, root, wanted, None, Dirt(recipe.data.on_bad))
+    return opening.open_split(path, root, wanted, None, Dirt(recipe.data.on_bad))
 
 
 def check(
@@ -240,18 +141,20 @@ def _jsons(recipe: Recipe) -> list[tuple[str, Path, Path | None]]:
     """Split, json and image folder (None: to be found) of all there are; one that names no split is ``all``."""
     d, root = recipe.data, Path(recipe.data.root or "").expanduser()
     given = {"train": (d.train_annotations, d.train_images), "val": (d.val_annotations, d.val_images)}
-    found: dict[str, Path | None] = {s: _explicit(root, json_path) for s, (json_path, _) in given.items()}
+    found: dict[str, Path | None] = {s: opening.explicit(root, json_path) for s, (json_path, _) in given.items()}
     if found["train"] is None:
         there = layout.find_jsons(root)
         found |= {s: found.get(s) or layout.pick(there, s, root) for s in there if s or not found["val"]}
-    images = {s: _explicit(root, folder) for s, (_, folder) in given.items()}
+    images = {s: opening.explicit(root, folder) for s, (_, folder) in given.items()}
     return [(s or "all", path, images.get(s or "train")) for s, path in found.items() if path is not None]
 
 
 def _look(recipe: Recipe, split: str, json_path: Path, images: Path | None) -> checks.Split:
     dirt = Dirt("mend" if recipe.data.on_bad == "stop" else recipe.data.on_bad, look=True)
     try:
-        return checks.Split(split, _open(json_path, Path(recipe.data.root or ""), split, images, dirt), dirt)
+        return checks.Split(
+            split, opening.open_split(json_path, Path(recipe.data.root or ""), split, images, dirt), dirt
+        )
     except UserError as error:
         return checks.Split(split, None, dirt, str(error))
 
@@ -314,22 +217,43 @@ def with_cache(recipe: Recipe, splits: Splits, quiet: bool = False) -> Splits:
         return splits
     from tqdm import tqdm
 
-    policy = _policy(recipe)
-
     def progress(items, total):
         return tqdm(items, "cache", total, disable=True if quiet else None, leave=False, delay=2)
 
-    folder = Path(d.cache_folder or "~/.cache/detr_accel")
-    train, one = cache.cached(
-        splits.train, d.cache, folder, lambda size: largest_first(size, policy), exact=False,
-        settings=("train", d.on_bad, policy.scales, policy.max_size, policy.crop > 0, policy.crop_scales),
-        workers=d.workers, progress=progress,
-    )  # fmt: skip
-    val, two = cache.cached(
-        splits.val, d.cache, folder, lambda size: resized(size, d.eval_size, d.eval_max_size), exact=True,
-        settings=("val", d.on_bad, d.eval_size, d.eval_max_size), workers=d.workers, progress=progress,
-    )  # fmt: skip
+    folder = Path(d.cache_folder or _CACHES)
+    (train, one), (val, two) = (
+        cache.cached(source, d.cache, folder, workers=d.workers, progress=progress, **how)
+        for source, how in _kept(recipe, splits)
+    )
     return replace(splits, train=train, val=val, found=[*splits.found, one, two])
+
+
+def cache_room(recipe: Recipe, splits: Splits) -> float:
+    """GiB that are still to be written before ``with_cache`` has what the recipe asks for.
+
+    Raises:
+        UserError: no room for them.
+    """
+    folder = Path(recipe.data.cache_folder or _CACHES)
+    return 0.0 if recipe.data.cache == "none" else cache.room(_kept(recipe, splits), recipe.data.cache, folder)
+
+
+_CACHES = "~/.cache/detr_accel"
+
+
+def _kept(recipe: Recipe, splits: Splits) -> list[tuple[Source, dict]]:
+    """Both splits, and how their images are kept."""
+    d, policy = recipe.data, _policy(recipe)
+    first: Callable = lambda size: largest_first(size, policy)  # noqa: E731
+    settings = ("train", d.on_bad, policy.scales, policy.max_size, policy.crop > 0, policy.crop_scales)
+    evaluated: Callable = lambda size: resized(size, d.eval_size, d.eval_max_size)  # noqa: E731
+    return [
+        (splits.train, {"largest": first, "exact": False, "settings": settings}),
+        (
+            splits.val,
+            {"largest": evaluated, "exact": True, "settings": ("val", d.on_bad, d.eval_size, d.eval_max_size)},
+        ),
+    ]
 
 
 def cost(recipe: Recipe, source: Source, mean: tuple[float, ...], std: tuple[float, ...], device) -> ImageCost:
@@ -344,8 +268,53 @@ def _on_device(recipe: Recipe, device: torch.device) -> bool:
 
 def worst_window(recipe: Recipe, source: Source) -> tuple[tuple[int, int], int]:
     """What the most demanding window can hold: canvas (h, w) in pixels, and boxes in one image. Nothing is decoded."""
-    sizes = (source.size_px(i) for i in range(len(source)))
-    return worst_canvas(sizes, _policy(recipe)), source.most_boxes()
+    return worst_canvas(_sizes(source), _policy(recipe)), source.most_boxes()
+
+
+@dataclass(frozen=True)
+class Demands:
+    """The largest shapes that a recipe's data can bring. Sizes are (h, w) in pixels."""
+
+    canvas_px: tuple[int, int]  # of a training window
+    most_boxes: int  # in one training image
+    eval_canvas_px: tuple[int, int]
+    num_classes: int
+    num_images: int | None  # in the training split; None: not known
+    assumed: bool  # the data were not there, so these are what any data could bring
+
+
+def is_there(recipe: Recipe) -> bool:
+    """Whether there is a data set to look at; one that is broken counts as there, and is refused when it is opened."""
+    d = recipe.data
+    if d.format != "coco":
+        return True
+    root = Path(d.root).expanduser() if d.root is not None else Path()
+    return root.exists() if d.train_annotations is None else (root / Path(d.train_annotations).expanduser()).exists()
+
+
+def demands(recipe: Recipe, splits: Splits | None) -> Demands:
+    """
+    Args:
+        splits: of ``build``; None: the data are not there. Then every image may have any shape, so that a window's
+            canvas is ``max_size`` both ways, and one has as many boxes as there are queries; there are COCO's 80
+            classes.
+    """
+    a, d = recipe.data.augment, recipe.data
+    if splits is None:
+        long = d.eval_max_size
+        eval_canvas = (long, long) if recipe.evaluate.batch > 1 else (min(d.eval_size, long), long)
+        return Demands((a.max_size, a.max_size), recipe.model.num_queries, eval_canvas, 80, None, True)
+    canvas, most_boxes = worst_window(recipe, splits.train)
+    sizes = [eval_plan(s, d.eval_size, d.eval_max_size).size_px for s in {*_sizes(splits.val)}]
+    if recipe.evaluate.batch > 1:
+        eval_canvas = max(h for h, _ in sizes), max(w for _, w in sizes)
+    else:
+        eval_canvas = max(sizes, key=lambda size: size[0] * size[1])
+    return Demands(canvas, most_boxes, eval_canvas, len(splits.train.classes), len(splits.train), False)
+
+
+def _sizes(source: Source) -> Iterator[tuple[int, int]]:
+    return (source.size_px(i) for i in range(len(source)))
 
 
 def _policy(recipe: Recipe) -> Augmentation:
@@ -375,6 +344,30 @@ def eval_batches(
     tasks = EvalTasks(source, recipe.evaluate.batch, d.eval_size, d.eval_max_size, rank, num_ranks)
     leave_out = recipe.data.on_bad != "stop" and not keep_faults
     return loader.batches(source, tasks, **_loading(recipe, mean, std), keep_faults=keep_faults, leave_out=leave_out)
+
+
+def still_window(
+    recipe: Recipe,
+    source: Source,
+    indices: Sequence[int],
+    *,
+    rank: int,
+    num_ranks: int,
+    micro: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> list[Batch]:
+    """This rank's micro-batches of a window of chosen images without augmentation, as evaluation would see them.
+
+    Args:
+        indices: into the source, of all ranks.
+        micro: most images in a micro-batch.
+    """
+    plans = [eval_plan(source.size_px(i), recipe.data.eval_size, recipe.data.eval_max_size) for i in indices]
+    size, mine = canvas(plans), share(len(indices), rank, num_ranks)
+    parts = [range(i, min(i + micro, mine.stop)) for i in range(mine.start, mine.stop, micro)]
+    tasks = [Task(0, 0, tuple(p), tuple(indices[i] for i in p), tuple(plans[i] for i in p), size) for p in parts]
+    return [make_batch(source, task, tuple(mean), tuple(std)) for task in tasks]
 
 
 def _loading(recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...]) -> dict:

@@ -98,9 +98,7 @@ def cached(
         UserError: no room, or the folder cannot be written.
     """
     folder = RAM if kind == "ram" else folder.expanduser()
-    path = folder / _key(source, settings, exact)
-    sizes = np.array([_kept(source.size_px(i), largest) for i in range(len(source))], np.int32).reshape(-1, 2)
-    gib = 3 * int(np.prod(sizes, axis=1, dtype=np.int64).sum()) / 2**30
+    path, sizes, gib = _plan(source, folder, largest, exact, settings)
     begun = time.monotonic()
     with writing(folder), _locked(path):
         there = _whole(path, sizes)
@@ -112,6 +110,33 @@ def cached(
     how = "found" if there else f"built in {time.monotonic() - begun:.0f} s"
     where = "memory" if kind == "ram" else path.with_suffix(".pixels")
     return CachedSource(source, path), f"cache: {len(source)} images, {gib:.2f} GiB in {where}, {how}"
+
+
+def room(splits: Iterable[tuple[Source, dict]], kind: str, folder: Path) -> float:
+    """GiB that are still to be written for some splits; nothing is built.
+
+    Args:
+        splits: each with its ``largest``, ``exact`` and ``settings``, as for ``cached``.
+    Raises:
+        UserError: no room for them.
+    """
+    folder, wanted = RAM if kind == "ram" else folder.expanduser(), 0.0
+    for source, how in splits:
+        path, sizes, gib = _plan(source, folder, **how)
+        wanted += 0.0 if _whole(path, sizes) else gib
+    if wanted:
+        there = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
+        _check_room(there, kind, wanted)
+    return wanted
+
+
+def _plan(
+    source: Source, folder: Path, largest: Callable[[Size], Size], exact: bool, settings: object
+) -> tuple[Path, np.ndarray, float]:
+    """FOLDER/KEY, the sizes that are kept [N, 2], and their GiB."""
+    sizes = np.array([_kept(source.size_px(i), largest) for i in range(len(source))], np.int32).reshape(-1, 2)
+    gib = 3 * int(np.prod(sizes, axis=1, dtype=np.int64).sum()) / 2**30
+    return folder / _key(source, settings, exact), sizes, gib
 
 
 def _kept(size_px: Size, largest: Callable[[Size], Size]) -> Size:

@@ -237,7 +237,7 @@ def _boxes(split: Split, model: Model) -> list[Finding]:
     """Boxes against the model, and against each other."""
     source, small, overlaps, crowded = split.source, [], [], []
     for i in range(len(source)):
-        boxes, labels = source._targets(source._rows[i], source.size_px(i))
+        boxes, labels, _ = source._targets(source._rows[i], source.size_px(i))
         name, path, size = source.name(i), source.file(i), source.size_px(i)
         if len(boxes) > model.num_queries:
             crowded.append((-len(boxes), f"{name}: {len(boxes)} objects", (path, None)))

@@ -155,7 +155,7 @@ class _Boxes:
         if path not in self._known:
             return None
         source, i = self._known[path]
-        boxes, _ = source._targets(source._rows[i], source.size_px(i))
+        boxes, *_ = source._targets(source._rows[i], source.size_px(i))
         return source.size_px(i), boxes[:200].tolist()
 
 

@@ -69,15 +69,17 @@ class CocoSource:
             image = read_rgb(self.file(index), size_px, at_least_px, scale=self.scale)
         except UserError as error:
             raise UserError(f"{self.table.path}: image id {self.image_id(index)}: {error}") from None
-        boxes, labels = self._targets(self._rows[index], size_px)
-        return Sample(image, self.image_id(index), boxes, labels)
+        boxes, labels, num_cut = self._targets(self._rows[index], size_px)
+        return Sample(image, self.image_id(index), boxes, labels, num_cut)
 
-    def _targets(self, row: int, size_px: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        """DETR's order: crowd out, corners, clip to the image, keep what has width and height. A box twice is one."""
+    def _targets(self, row: int, size_px: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, int]:
+        """DETR's order: crowd out, corners, clip to the image, keep what has width and height; how many ran out. A box
+        twice is one."""
         of_image = np.arange(self.table.offsets[row], self.table.offsets[row + 1])
         of_image = of_image[~self.table.crowd[of_image] & ~self.table.again[of_image]]
         boxes, keep = clip(self.table.boxes_xywh_px[of_image], np.array(size_px))
-        return boxes[keep], self._labels[of_image[keep]]
+        num_cut = int(reach_out(self.table.boxes_xywh_px[of_image], np.array(size_px)).sum())
+        return boxes[keep], self._labels[of_image[keep]], num_cut
 
     def ground_truth(self) -> dict:
         t = self.table
@@ -114,6 +116,20 @@ class CocoSource:
             digest.update(self.name(i).encode("utf-8", "surrogateescape") + b"\0")
         return digest.hexdigest()
 
+    def head(self, num_images: int) -> CocoSource:
+        """The first images of the split as a split of their own."""
+        return self.subset(self._rows[:num_images])
+
+    def written(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Every annotation that is no crowd region, as the json has it: boxes xywh px [A, 4], the (h, w) of its image
+        [A, 2], its category id [A], and the index of its image [A]."""
+        t = self.table
+        pick, counts, _ = self._kept()
+        of_image = np.repeat(np.arange(len(self)), counts)
+        plain = ~t.crowd[pick]
+        pick, of_image = pick[plain], of_image[plain]
+        return t.boxes_xywh_px[pick], t.sizes_px[self._rows[of_image]], t.category_ids[pick], of_image
+
     def stamp(self) -> str:
         """sha256 over size and time of change of every file: another one where pixels may have changed."""
         digest = hashlib.sha256()
@@ -135,6 +151,8 @@ class CocoSource:
         t = self.table
         pick, counts, keep = self._kept()
         left_out = ~keep & ~t.crowd[pick]
+        reaching = reach_out(t.boxes_xywh_px[pick], np.repeat(t.sizes_px[self._rows], counts, axis=0))
+        reaching &= keep & ~t.crowd[pick]
         inverted = (t.boxes_xywh_px[pick, 2:] < 0).any(1)  # told when the json is read
         flat = left_out & ~inverted & (t.boxes_xywh_px[pick, 2:] == 0).any(1)
         parts = [f"{len(self)} images", f"{len(pick)} boxes", f"{len(self.classes)} classes"]
@@ -143,6 +161,7 @@ class CocoSource:
             "crowd regions (kept for evaluation only)": int(t.crowd[pick].sum()),
             "boxes without area (left out of the targets)": int(flat.sum()),
             "boxes outside their image (left out of the targets)": int((left_out & ~flat & ~inverted).sum()),
+            "boxes that reach out of their image (cut at its border)": int(reaching.sum()),
         }
         parts += [f"{value} {what}" for what, value in notes.items() if value]
         return ", ".join(parts)
@@ -171,6 +190,17 @@ def clip(boxes_xywh_px: np.ndarray, sizes_px: np.ndarray) -> tuple[np.ndarray, n
         w, h = sizes_px[..., 1], sizes_px[..., 0]
         boxes = np.clip(boxes, 0, np.stack((w, h, w, h), -1).astype(np.float32))
         return boxes, (boxes[:, 2:] > boxes[:, :2]).all(1)
+
+
+def reach_out(boxes_xywh_px: np.ndarray, sizes_px: np.ndarray) -> np.ndarray:
+    """Which boxes [N, 4] end outside their image by more than a hundredth of it, which is not rounding: bool [N].
+
+    Args:
+        sizes_px: (h, w), [2] or [N, 2].
+    """
+    (x, y, width, height), h, w = boxes_xywh_px.T, sizes_px[..., 0], sizes_px[..., 1]
+    with np.errstate(over="ignore", invalid="ignore"):
+        return (x < -0.01 * w) | (y < -0.01 * h) | (x + width > 1.01 * w) | (y + height > 1.01 * h)
 
 
 def _ramps(counts: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from detr_accel.data.device import PlannedBatch
@@ -73,4 +74,13 @@ def _samples(source: Source, task: Task, leave_out: bool, lost: list[Lost]) -> I
 
 def _targets(sample: Sample, plan: Plan) -> Targets:
     boxes, labels = apply_boxes(plan, sample.boxes_xyxy_px, sample.labels)
-    return Targets(sample.image_id, torch.from_numpy(labels), torch.from_numpy(boxes), plan.size_px, plan.orig_px)
+    return Targets(
+        sample.image_id, torch.from_numpy(labels), torch.from_numpy(boxes), plan.size_px, plan.orig_px,
+        num_cut=sample.num_cut, is_blank=_is_blank(sample.image),
+    )  # fmt: skip
+
+
+def _is_blank(image: np.ndarray) -> bool:
+    """Whether all pixels of uint8 [H, W, 3] are one colour; a few of them tell for nearly every image."""
+    first = image[0, 0]
+    return bool((image[::37, ::37] == first).all() and (image == first).all())

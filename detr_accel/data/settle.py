@@ -10,13 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from detr_accel.data.coco import clip
+from detr_accel.data.coco import clip, reach_out
 from detr_accel.data.coco_json import Strings, Table
 from detr_accel.data.decode import header_size, size_fault
 from detr_accel.data.dirt import EXAMPLES, Dirt
 from detr_accel.structures import UserError
 
-ROUNDING = 0.01  # of an image's side: a box that ends so little outside was rounded there
 LOOKED_AT = 500  # files whose size is compared with their record's before training
 FEWEST, LEAVING, FITS = 20, 0.3, 0.99  # when boxes are in another format: so many; shares that leave, that then fit
 
@@ -146,13 +145,9 @@ def _count_boxes(table: Table, dirt: Dirt) -> None:
     _, keep = clip(boxes, sizes)
     inverted = (boxes[:, 2:] < 0).any(1)
     flat = ~inverted & (boxes[:, 2:] == 0).any(1)
-    over_h, over_w = np.maximum(1, ROUNDING * sizes.T)
-    with np.errstate(over="ignore", invalid="ignore"):
-        left, top, right, bottom = boxes[:, 0], boxes[:, 1], boxes[:, 0] + boxes[:, 2], boxes[:, 1] + boxes[:, 3]
-        reaches = (left < -over_w) | (top < -over_h) | (right > sizes[:, 1] + over_w) | (bottom > sizes[:, 0] + over_h)
     kinds = {
         "box.inverted": inverted, "box.flat": flat, "box.outside": ~keep & ~inverted & ~flat,
-        "box.twice": table.again, "box.cut": keep & reaches,
+        "box.twice": table.again, "box.cut": keep & reach_out(boxes, sizes),
     }  # fmt: skip
     for kind, found in kinds.items():
         found = np.flatnonzero(found & ~table.crowd)

@@ -108,6 +108,13 @@ class ShapesSource:
         image, boxes, labels = draw(rng, self.size_px(index), self.max_objects, self.empty_fraction, self.colour_cue)
         return Sample(image, self.image_id(index), boxes, labels)
 
+    def head(self, num_images: int) -> ShapesSource:
+        """The first images of the split as a split of their own."""
+        num_images = min(num_images, len(self))
+        return ShapesSource(
+            self.seed, self.split, num_images, self.image_size, self.max_objects, self.empty_fraction, self.colour_cue
+        )
+
     def ground_truth(self) -> dict:
         """Drawn once and kept: every image of the split is made for it. The area is the box's."""
         if self._truth is None:

@@ -22,6 +22,7 @@ class LossResult:
     total: Tensor  # scalar with graph: the weighted sum
     losses: dict[str, Tensor]  # name -> detached scalar on the device, unweighted, already divided
     bad_image: np.ndarray  # bool [B], on the host
+    box_sums: Tensor  # float64 [2, Q, 4]: over the images, the last layer's boxes and their squares
 
 
 class SetCriterion(nn.Module):
@@ -84,7 +85,7 @@ class SetCriterion(nn.Module):
         """The names in ``LossResult.losses`` for L decoder layers, in their order."""
         aux = range(num_layers - 1 if self.aux else 0)
         named = [n for t in ("ce", "bbox", "giou") for n in (f"loss_{t}", *(f"loss_{t}_{i}" for i in aux))]
-        return [*named, "class_error", "cardinality_error"]
+        return [*named, "class_error", "cardinality_error", "box_spread"]
 
     def normalisers(self, total: Tensor) -> dict[str, Tensor]:
         """Divisors of a window from its ``count``, summed over micro-batches and ranks; none is below 1 but ``ce``."""
@@ -103,7 +104,7 @@ class SetCriterion(nn.Module):
             each of them divided, and ``loss``, their weighted sum.
         """
         divisors = {k: float(v) for k, v in self.normalisers(total).items()}
-        by = {"class_error": "matched", "cardinality_error": "images"}
+        by = {"class_error": "matched", "cardinality_error": "images", "box_spread": "images"}
         kinds = {name: name.removeprefix("loss_").partition("_")[0] for name in sums if name not in by}
         by |= {name: "ce" if kind == "ce" else "num_boxes" for name, kind in kinds.items()}
         values = {name: value / divisors[by[name]] for name, value in sums.items()}
@@ -128,8 +129,8 @@ class SetCriterion(nn.Module):
             terms = self._terms(logits.flatten(1, 2), boxes.flatten(1, 2), labels, boxes_cxcywh, match, counts)
             total = sum(self.weights[name] * values.sum() for name, values in terms.items())
             losses = self._by_name(terms)
-            losses |= self._for_the_log(logits[-1].detach(), labels, sizes, match, counts)
-        return LossResult(total, losses, match.bad_image)
+            losses |= self._for_the_log(logits[-1].detach(), boxes[-1].detach(), labels, sizes, match, counts)
+        return LossResult(total, losses, match.bad_image, _box_sums(boxes[-1].detach()))
 
     def _terms(
         self, logits: Tensor, boxes: Tensor, labels: Tensor, boxes_cxcywh: Tensor, match: Matching, counts: dict
@@ -160,10 +161,11 @@ class SetCriterion(nn.Module):
         return named
 
     def _for_the_log(
-        self, logits: Tensor, labels: Tensor, sizes: list[int], match: Matching, counts: dict
+        self, logits: Tensor, boxes: Tensor, labels: Tensor, sizes: list[int], match: Matching, counts: dict
     ) -> dict[str, Tensor]:
         """Last layer, without weight in the total: class_error, percent of matched queries whose best class is wrong;
-        cardinality_error, mean distance between the number of queries that say "object" and of objects."""
+        cardinality_error, mean distance between the number of queries that say "object" and of objects;
+        box_spread, standard deviation of an image's box coordinates over its queries (0: all queries say one box)."""
         best = logits.argmax(-1)  # [B, Q]
         wrong = best.flatten()[match.query_index[-1]] != labels[match.target_index[-1]]
         found = (best != self.num_classes).sum(1)  # [B]
@@ -171,4 +173,22 @@ class SetCriterion(nn.Module):
         return {
             "class_error": 100 * wrong.sum() / counts["matched"],
             "cardinality_error": (found - present).abs().sum() / counts["images"],
+            "box_spread": boxes.std(1, correction=0).mean(-1).sum() / counts["images"],
         }
+
+
+def _box_sums(boxes: Tensor) -> Tensor:
+    """boxes [B, Q, 4] -> float64 [2, Q, 4]."""
+    boxes = boxes.to(torch.float64)
+    return torch.stack((boxes.sum(0), boxes.square().sum(0)))
+
+
+def image_spread(box_sums: Tensor, num_images: Tensor) -> Tensor:
+    """How much a query's box differs from image to image: standard deviation of a coordinate, mean over all.
+
+    Args:
+        box_sums: float64 [2, Q, 4], see ``LossResult``, of all images of a window.
+        num_images: of the window.
+    """
+    mean, square = box_sums / num_images.clamp(min=1)
+    return (square - mean.square()).clamp(min=0).sqrt().mean()

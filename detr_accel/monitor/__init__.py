@@ -10,13 +10,18 @@ from typing import Any
 import torch
 
 from detr_accel.monitor import memory, timing
+from detr_accel.monitor.alarms import TITLES, About, Alarms, Memory
 from detr_accel.monitor.console import Console
 from detr_accel.monitor.sinks import Silent, Sinks
 from detr_accel.monitor.timing import Eta
 from detr_accel.monitor.wandb_sink import WandbSink, decide_mode, tracker_kwargs
 from detr_accel.recipe import Recipe
+from detr_accel.structures import UserError
 
-__all__ = ["Eta", "Silent", "Sinks", "build", "memory", "timing", "versions"]
+__all__ = [
+    "Alarms", "Eta", "Memory", "Silent", "Sinks", "about", "build", "build_alarms", "decide_mode", "memory", "timing",
+    "versions",
+]  # fmt: skip
 
 PACKAGES = ("torch", "torchvision", "accelerate", "timm", "wandb", "numpy", "hotcoco", "pycocotools")
 
@@ -66,6 +71,39 @@ def build(
     if wandb is not None:
         sinks.say(wandb.note)
     return sinks
+
+
+def about(recipe: Recipe, num_images: int, *, on_gpu: bool = False) -> About:
+    """The recipe's numbers that alarms speak of.
+
+    Args:
+        num_images: in the training split.
+        on_gpu: whether the training device is one.
+    """
+    m, o = recipe.model, recipe.optim
+    return About(
+        lr=o.lr, clip_norm=o.clip_norm, warmup_steps=recipe.schedule.warmup_steps, batch_size=recipe.batch.size,
+        num_queries=m.num_queries, workers=recipe.data.workers, from_scratch=m.init_from is None, on_gpu=on_gpu,
+        num_images=num_images,
+    )  # fmt: skip
+
+
+def build_alarms(recipe: Recipe, state: Memory, num_images: int, device: torch.device) -> Alarms | None:
+    """Who judges the run; None where the recipe wants no alarms.
+
+    Args:
+        state: what judging remembers; part of the run's state.
+        num_images: in the training split.
+    Raises:
+        UserError: a title in alarms.off that no alarm has.
+    """
+    unknown = [title for title in recipe.alarms.off if title not in TITLES]
+    if unknown:
+        raise UserError(f"alarms.off: no alarm is called {unknown[0]!r}; there are: {', '.join(TITLES)}")
+    if not recipe.alarms.enabled:
+        return None
+    numbers = about(recipe, num_images, on_gpu=device.type == "cuda")
+    return Alarms(numbers, state, off=recipe.alarms.off, again_after=recipe.alarms.again_after)
 
 
 def versions() -> dict[str, str]:

@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from detr_accel.monitor import memory, rows
 from detr_accel.monitor.console import Console
 from detr_accel.monitor.jsonl import JsonLines, read
@@ -47,6 +49,7 @@ class Sinks:
     ) -> None:
         run_folder.mkdir(parents=True, exist_ok=True)
         self.console, self.eta, self.wandb, self.name, self.device = console, eta, wandb, name, device
+        self.phases = memory.Phases(torch.device(device))
         self._sent = _Sent(run_folder / "wandb_sent.json", start_window)
         self._unwritten = False
         self.metrics = JsonLines(run_folder / "metrics.jsonl", keep_until=start_window)
@@ -84,7 +87,7 @@ class Sinks:
         speed = self.meter.take()
         if self.eta.ready:
             speed["seconds_left"] = self.eta.seconds_left()
-        held = {"peak_gib": memory.peak_gib(self.device)}
+        held = {"peak_gib": memory.peak_gib(self.device)} | self.phases.take()
         reserved = memory.reserved_gib(self.device)
         if reserved is not None:
             held["reserved_gib"] = reserved
@@ -122,12 +125,15 @@ class Sinks:
         row = rows.val_row(metrics) | (extra or {})
         details = {"val/weights": weights, "val/backend": metrics.backend, "val/per_class": metrics.per_class}
         self._write(self.metrics, place | row | details)
+        machine = {f"memory/{k}": v for k, v in self.phases.take().items()}
+        if "memory/evaluation_gib" in machine:
+            self._write(self.speed, place | {"time": _now()} | machine)
         best = self._note_best(metrics.values[self.metric], window)
         self.console.evaluation(metrics, window=window, epoch=epoch, weights=weights, best=best, extra=extra or {})
         if self.wandb is None or not self._sent.is_new("val", window):
             return
         names = {i: n for i, n in enumerate(classes.names) if n is not None} if classes is not None else {}
-        self._tell_wandb(lambda wandb: wandb.evaluation(rows.axes(**place) | row, metrics, panel, names))
+        self._tell_wandb(lambda wandb: wandb.evaluation(rows.axes(**place) | row | machine, metrics, panel, names))
         self._tell_wandb(lambda wandb: wandb.summary({"val/weights": weights}))
 
     def _note_best(self, value: float, window: int) -> str:
@@ -177,9 +183,13 @@ class Sinks:
 
     @contextlib.contextmanager
     def timed(self, kind: str) -> Iterator[None]:
-        """Around an ``evaluation`` or a ``checkpoint``, so that the time left includes it."""
+        """Around an ``evaluation`` or a ``checkpoint``, so that the time left includes it, and memory is not the
+        window's."""
         begun = time.perf_counter()
+        self.phases.watch(kind == "evaluation")
+        self.phases.begin("evaluation" if kind == "evaluation" else None)
         yield
+        self.phases.begin(None)
         self.eta.add_other(kind, time.perf_counter() - begun)
 
     def progress(self, items: Iterable[T], description: str = "evaluate", total: int | None = None) -> Iterable[T]:
@@ -211,6 +221,7 @@ class Silent:
     """The same methods on every other process: they do nothing."""
 
     wandb_run_id: str | None = None
+    phases = memory.Phases(torch.device("cpu"), on=False)
 
     def say(self, text: str) -> None: ...
 

@@ -56,6 +56,7 @@ RULES = {
     "evaluate.metric": BRANCHING,  # "best so far" would compare two metrics
     "checkpoint": SAFE,
     "health": SAFE,
+    "alarms": SAFE,
     "log": SAFE,
     "dist": SAFE,
 }

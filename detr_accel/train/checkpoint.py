@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from detr_accel.monitor.alarms import Memory
 from detr_accel.structures import UserError
 from detr_accel.train.ema import Ema
 from detr_accel.train.health import HealthState
@@ -57,12 +58,13 @@ class State:
     health: HealthState = field(default_factory=HealthState)
     early_stop: Waiting = field(default_factory=Waiting)
     plateau: Waiting = field(default_factory=Waiting)
+    alarms: Memory = field(default_factory=Memory)
     dropped: int = 0  # images whose places in their windows were left empty
     blank_windows: int = 0  # in a row, that had no image at all
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> State:
-        kinds = {"health": HealthState, "early_stop": Waiting, "plateau": Waiting}
+        kinds = {"health": HealthState, "early_stop": Waiting, "plateau": Waiting, "alarms": Memory}
         return cls(**{**row, **{name: kind(**row.get(name, {})) for name, kind in kinds.items()}})
 
 

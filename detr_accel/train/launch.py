@@ -115,6 +115,16 @@ def launcher_request() -> Request | None:
     return None if launcher is None else read_request(_launch_arguments(launcher.cmdline()))
 
 
+def launcher_command() -> tuple[list[str], list[str], dict[str, str]] | None:
+    """The launcher's own flags, the script with its arguments, and the environment it was started in; None without."""
+    launcher = _launcher_process() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+    if launcher is None:
+        return None
+    arguments = _launch_arguments(launcher.cmdline())
+    script = list(read_request(arguments).script)
+    return arguments[: len(arguments) - len(script)], script, launcher.environ()
+
+
 def started_by_launcher() -> bool:
     """Whether this process's own parent is ``accelerate launch``."""
     launcher = _launcher_process()

@@ -19,11 +19,12 @@ from detr_accel import data, models, monitor
 from detr_accel import recipe as recipes
 from detr_accel.recipe import Recipe
 from detr_accel.structures import Batch, StepStats, UserError
-from detr_accel.train import launch, memory_fit, parts, resuming, validation
+from detr_accel.train import launch, memory_fit, parts, plan, resuming, validation
 from detr_accel.train.agree import everywhere, on_main
 from detr_accel.train.capture import Captures
 from detr_accel.train.checkpoint import State
 from detr_accel.train.commit import Commit
+from detr_accel.train.lost import Roll
 from detr_accel.train.lost_images import LostImages
 from detr_accel.train.optim import set_lr
 from detr_accel.train.parts import Length, Parts
@@ -33,13 +34,17 @@ from detr_accel.train.stopping import StopSignal
 from detr_accel.train.window import Requests, WindowResult
 
 
-def train(recipe: Recipe, *, runs: Path = Path("runs"), resume: bool | str = False, branch: Path | None = None) -> Path:
+def train(
+    recipe: Recipe, *, runs: Path = Path("runs"), resume: bool | str = False, branch: Path | None = None,
+    max_val_images: int | None = None,
+) -> Path:  # fmt: skip
     """Train what the recipe says; returns the run folder.
 
     Args:
         runs: the folder that holds all runs.
         resume: True goes on from the last whole checkpoint of runs/NAME; ``auto`` starts or goes on, whichever applies.
         branch: the folder of another run, whose last checkpoint this one begins from, with a recipe that may differ.
+        max_val_images: evaluate on so many images of the validation split (a rehearsal); None takes all.
     Raises:
         UserError: anything the person can mend, in one sentence.
     """
@@ -53,7 +58,7 @@ def train(recipe: Recipe, *, runs: Path = Path("runs"), resume: bool | str = Fal
     resume = on_main(accelerator, lambda: _claim(run, resume))
     try:
         parts.seed_everything(recipe.seed, recipe.deterministic)
-        finished = _train(recipe, accelerator, run, resume, None if resume else branch)
+        finished = _train(recipe, accelerator, run, resume, None if resume else branch, max_val_images)
         if main and finished:
             run.status("done")
     except BaseException as error:
@@ -68,13 +73,18 @@ def train(recipe: Recipe, *, runs: Path = Path("runs"), resume: bool | str = Fal
     return run.path
 
 
-def _train(recipe: Recipe, accelerator: Accelerator, run: RunFolder, resume: bool, branch: Path | None) -> bool:
+def _train(
+    recipe: Recipe, accelerator: Accelerator, run: RunFolder, resume: bool, branch: Path | None,
+    max_val_images: int | None,
+) -> bool:  # fmt: skip
     """Returns whether the end was reached (False: asked to stop, state saved)."""
     stop = StopSignal(launch.started_by_launcher())
     try:
         # -- data, model, optimizer; where the last run stopped; how much fits
         split = _saved_split(run.path if resume else branch)
-        splits = everywhere(accelerator, lambda: _open_data(recipe, split, quiet=not accelerator.is_main_process))
+        splits = everywhere(
+            accelerator, lambda: _open_data(recipe, split, max_val_images, quiet=not accelerator.is_main_process)
+        )
         built = everywhere(accelerator, lambda: parts.build(recipe, accelerator, splits, resume=resume or bool(branch)))
         state, notes = resuming.start_or_resume(built, run, resume=resume, branch=branch)
         notes += _fit(built, state)
@@ -88,7 +98,9 @@ def _train(recipe: Recipe, accelerator: Accelerator, run: RunFolder, resume: boo
             recipe, run.path, accelerator, total_windows=built.length.total, windows_per_epoch=built.length.per_epoch,
             start_window=state.window, fingerprint=fingerprints, wandb_run_id=state.wandb_run_id, parent=state.parent,
         )  # fmt: skip
-        with sinks:
+        with sinks, Roll(accelerator, recipe.dist.timeout_minutes).watch(sinks, run, state):
+            notes += sinks.phases.expect(plan.at_start(built, state.micro, state.checkpointed))
+            built.runner.phases = sinks.phases
             for line in [*splits.found, *built.loaded, *notes, launch.describe(accelerator), arithmetic]:
                 sinks.say(line)
             finished = _windows(built, run, state, sinks, stop)
@@ -99,8 +111,8 @@ def _train(recipe: Recipe, accelerator: Accelerator, run: RunFolder, resume: boo
         stop.restore()
 
 
-def _open_data(recipe: Recipe, split: dict | None, quiet: bool) -> data.Splits:
-    return data.with_cache(recipe, data.build(recipe, split), quiet)
+def _open_data(recipe: Recipe, split: dict | None, max_val_images: int | None, quiet: bool) -> data.Splits:
+    return data.with_cache(recipe, data.build(recipe, split, max_val_images), quiet)
 
 
 def _fit(built: Parts, state: State) -> list[str]:
@@ -131,6 +143,7 @@ def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal
     )  # fmt: skip
     for micro_batches, wait_seconds, failure in _timed(windows):
         begun = time.perf_counter()
+        sinks.phases.watch((state.window + 1) % recipe.log.every == 0 or state.window + 1 == built.length.total)
         micro_batches, lost = data.without_lost(micro_batches)
         built.optimizer.zero_grad(set_to_none=True)
         micro_batches, result = turn.run(micro_batches, failure)
@@ -143,9 +156,12 @@ def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal
         turn.account(lost, result)
         lr = set_lr(built.optimizer, parts.lr_factor(built, state))
         state.window += 1
+        sinks.phases.begin("optimizer")
         accepted = turn.commit(state, result, micro_batches)
+        sinks.phases.begin(None)
         stats = _stats(result, state, built.length, lr, accepted, time.perf_counter() - begun, wait_seconds)
         sinks.tick(stats)
+        turn.judge(stats)
         if state.window % recipe.log.every == 0 or state.window == built.length.total or not result.finite:
             sinks.log(stats)
         if not turn.after(result):
@@ -161,6 +177,9 @@ class _Turn:
         self.validate = validation.Validation(built, sinks)
         self.save = Saver(built, run, sinks)
         self.commit = Commit(built, run, sinks, Captures(built, run.path / "captures"))
+        self.alarms = monitor.build_alarms(
+            built.recipe, state.alarms, len(built.splits.train), built.accelerator.device
+        )
         self.account = LostImages(built, state, sinks)
         self.over = False  # early stopping ended the run
 
@@ -172,7 +191,7 @@ class _Turn:
             self.save(state, counted=True, must=True)
         owed = state.window > 0 and self.built.length.due(state.window, recipe.evaluate.every_epochs)
         if owed and state.evaluated_window != state.window:
-            is_best = self.validate(state, self.stop)
+            is_best = self._evaluate()
             counted = is_best or self._checkpoint_due()
             if counted or self.validate.aborted:
                 self.save(state, is_best=is_best, counted=counted, must=self.validate.aborted)
@@ -202,6 +221,15 @@ class _Turn:
                 self.sinks.alarm("Out of memory", f"window {state.window + 1}: {text}", window=state.window + 1)
             else:
                 return micro_batches, result
+
+    def judge(self, stats: StepStats) -> None:
+        """Alarms about the window: on every process, so that any of them can save what judging remembers."""
+        if self.alarms is None:
+            return
+        if stats.window % self.built.recipe.log.every == 0:
+            stats.memory_fraction = monitor.memory.taken_fraction(self.built.accelerator.device)
+        for alarm in self.alarms.judge(stats):
+            self.sinks.alarm(alarm.title, alarm.text, level=alarm.level, window=stats.window)
 
     def after(self, result: WindowResult) -> bool:
         """Evaluation, checkpoint and stop, where they are due; returns whether to go on."""
@@ -240,10 +268,21 @@ class _Turn:
     def _validate_or_save(self, state: State) -> bool:
         """A broken validation image must not cost the training since the last checkpoint."""
         try:
-            return self.validate(state, self.stop)
+            return self._evaluate()
         except Exception:  # on every process: evaluation refuses together
             self.save(state)
             raise
+
+    def _evaluate(self) -> bool:
+        """Returns whether it is the best so far; alarms about it are raised."""
+        state = self.state
+        is_best = self.validate(state, self.stop)
+        if self.alarms is not None and not self.validate.aborted:
+            for alarm in self.alarms.evaluated(
+                state.window, state.window / self.built.length.per_epoch, self.validate.numbers
+            ):
+                self.sinks.alarm(alarm.title, alarm.text, level=alarm.level, window=state.window)
+        return is_best
 
 
 def _claim(run: RunFolder, resume: bool | str) -> bool:
@@ -306,6 +345,5 @@ def _stats(
         window=state.window, step=state.step, epoch=state.window / length.per_epoch, loss=result.losses["loss"],
         losses=losses, grad_norm=result.grad_norm, grad_norms=result.grad_norms, lr=lr, num_images=result.num_images,
         num_boxes=result.num_boxes, seconds=seconds + wait_seconds, wait_seconds=wait_seconds, accepted=accepted,
-        num_dropped=state.dropped,
-        extra=counts,
+        extra=counts, facts=result.facts, num_dropped=state.dropped,
     )  # fmt: skip

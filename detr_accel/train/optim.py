@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch.nn import Parameter
 
+from detr_accel.structures import UserError
+
 
 def build_optimizer(
     groups: dict[str, list[tuple[str, Parameter]]],
@@ -27,6 +29,8 @@ def build_optimizer(
             fused step skips an overflow inside the kernel, unseen by Accelerate, which then reports a step taken.
     Returns:
         the optimizer; each of its groups carries ``name`` and ``base_lr``.
+    Raises:
+        UserError: there is nothing to train.
     """
     rows = []
     for name, parameters in groups.items():
@@ -34,6 +38,10 @@ def build_optimizer(
             continue
         base_lr = lr_backbone if name == "backbone" else lr
         rows.append({"params": [p for _, p in parameters], "lr": base_lr, "base_lr": base_lr, "name": name})
+    if not rows:
+        raise UserError(
+            "no weight of the model trains: set optim.lr_backbone above 0, or let another part require a gradient"
+        )
     return torch.optim.AdamW(rows, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
 
 

@@ -54,6 +54,7 @@ class Parts:
     factor: Callable[[int], float]  # of the learning rate, by step
     health: Health
     loaded: list[str]  # what to say about the weights
+    head_loaded: float = 0.0  # share of the class head's rows that model.init_from brought
 
     @property
     def classes(self):
@@ -75,9 +76,11 @@ def build(recipe: Recipe, accelerator: Accelerator, splits: data.Splits, *, resu
     """
     num_classes = len(splits.train.classes)
     bare = models.build(recipe, num_classes, load_weights=not resume)
-    loaded = []
+    loaded, head_loaded = [], 0.0
     if recipe.model.init_from is not None and not resume:
+        fresh = bare.class_embed.weight.detach().clone()  # [C + 1, D], the last row for "no object"
         loaded = models.init_from(bare, splits.train.classes, recipe.model.init_from, recipe.model.init_head)
+        head_loaded = (bare.class_embed.weight != fresh).any(1)[:-1].double().mean().item()
     bare.to(accelerator.device)
     criterion = models.build_criterion(recipe, num_classes).to(accelerator.device)
     groups = models.param_groups(bare)
@@ -99,7 +102,7 @@ def build(recipe: Recipe, accelerator: Accelerator, splits: data.Splits, *, resu
     )  # fmt: skip
     return Parts(
         recipe, accelerator, splits, length, bare, criterion, groups, optimizer, optimizer, ema, runner,
-        schedule_of(recipe, length), health, loaded,
+        schedule_of(recipe, length), health, loaded, head_loaded,
     )  # fmt: skip
 
 
@@ -154,9 +157,11 @@ def seed_everything(seed: int, deterministic: bool) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-def batch_arithmetic(size: int, micro: int, num_ranks: int, num_images: int) -> str:
+def batch_arithmetic(size: int, micro: int, num_ranks: int, num_images: int | None) -> str:
     """The line that says how a window is cut.
 
+    Args:
+        num_images: in the training split; None where that is not known.
     Raises:
         UserError: fewer images in a window than processes.
     """
@@ -172,6 +177,8 @@ def batch_arithmetic(size: int, micro: int, num_ranks: int, num_images: int) -> 
         cut = f"{processes} x {times} micro-batch{'es' * (times > 1)} x {micro} image{'s' * (micro > 1)}"
     else:
         cut = f"{processes} with {', '.join(map(str, shares))}, in micro-batches of at most {micro}"
+    if num_images is None:
+        return f"batch: {size} images per step = {cut}"
     windows = data.windows_per_epoch(num_images, size)
     last = num_images - (windows - 1) * size
     tail = f", the last with {last} image{'s' * (last > 1)}" if last != size else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from detr_accel import recipe as recipes
+from detr_accel.monitor.alarms import Memory
 from detr_accel.recipe import Recipe
 from detr_accel.structures import UserError
 from detr_accel.train import changes, checkpoint
@@ -35,7 +36,8 @@ def wants_resume(run: RunFolder, resume: bool | str) -> bool:
 
 def fresh_state(parts: Parts) -> State:
     layout = {"batch_size": parts.recipe.batch.size, "processes": parts.accelerator.num_processes}
-    return State(layout=layout, fingerprint=parts.splits.train.fingerprint())
+    memory = Memory(head_loaded=parts.head_loaded)
+    return State(layout=layout, fingerprint=parts.splits.train.fingerprint(), alarms=memory)
 
 
 def restore(parts: Parts, checkpoints: Path, *, branch: bool = False) -> tuple[State, list[str]]:
@@ -73,6 +75,7 @@ def _restore(parts: Parts, folder: Path, branch: bool) -> tuple[State, list[str]
         state.parent, state.anchor, state.wandb_run_id = str(folder), None, None
         state.best = state.best_window = state.metrics = state.threshold = None
         state.evaluated_window = state.window  # the parent's evaluation; none is owed
+        state.alarms = Memory()  # the parent's curves are no measure of a training that may differ
     state.layout = {"batch_size": recipe.batch.size, "processes": processes}
     return state, notes
 

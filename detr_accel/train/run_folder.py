@@ -67,6 +67,17 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"cannot write in the run folder {self.path}: {error.strerror}; free space there") from None
 
+    def held_by_another(self) -> bool:
+        """Whether another process writes here; nothing is changed."""
+        try:
+            with open(self.path / "lock", "r+", encoding="utf-8") as file:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        return False
+
     def release(self) -> None:
         if self._lock is not None:
             self._lock.close()

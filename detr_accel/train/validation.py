@@ -35,6 +35,7 @@ class Validation:
         count = min(recipe.evaluate.panel_images, len(self.source)) if recipe.log.wandb.enabled else 0
         self.aborted = False
         self.named: set[int] = set()  # images that could not be read, once told
+        self.numbers: dict[str, float] = {}  # of the last evaluation, beside its metrics: losses
         self.panel = [i * len(self.source) // count for i in range(count)]
         every = max(1, round(recipe.evaluate.every_epochs * self.length.per_epoch)) * recipe.batch.size
         some = set_loss.num_images(recipe.evaluate.train_images, every, len(splits.train))
@@ -59,6 +60,7 @@ class Validation:
         extra |= {f"val/train_{name}": value for name, value in self._train_loss().items() if name == "loss"}
         if beside is not None:
             extra |= {f"val/raw/{name}": value for name, value in {**beside[0].values, **beside[1]}.items()}
+        self.numbers = extra
         value = metrics.values[recipe.evaluate.metric]
         # nan (nothing to score against) is never better, but the first evaluation always gives something to load
         is_best = state.metrics is None or (not math.isnan(value) and (state.best is None or value > state.best))
@@ -118,8 +120,7 @@ class Validation:
         )  # fmt: skip
 
     def _metrics(self, model: nn.Module, stop: StopSignal) -> tuple[evaluate.Metrics, dict[str, float]] | None:
-        """Metrics and losses on the validation split; None where any process was asked to stop before they were there.
-        """
+        """Metrics and losses on the validation split; None where any process was asked to stop meanwhile."""
         recipe, accelerator, total_loss = self.recipe, self.accelerator, set_loss.SetLoss(self.criterion)
 
         def predict(batch: Batch) -> list[Detections]:

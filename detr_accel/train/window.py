@@ -18,9 +18,15 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from detr_accel.structures import Batch, UserError
+from detr_accel.models.losses import image_spread
+from detr_accel.monitor import memory
+from detr_accel.structures import Batch, Targets, UserError
 from detr_accel.train.forward_state import ForwardState
 from detr_accel.train.reduce import GradientReducer, all_reduce_sum
+
+# what alarms want to know of a window's targets: counts over all its images, from the host and for no further reduction
+FACTS = ("blank_images", "empty_images", "cut_boxes", "tiny_boxes")
+TINY_PX = 2.0  # a box with a side below it, in the image that reaches the model, can hardly be learned
 
 
 @dataclass
@@ -33,6 +39,7 @@ class WindowResult:
     grad_norm: float = 0.0  # over all groups, before clipping
     num_images: int = 0
     num_boxes: int = 0
+    facts: dict[str, float] = field(default_factory=dict)  # of the targets: see FACTS
     statistics_finite: bool = True  # the running statistics that forward wrote
     bad_images: list[int] = field(default_factory=list)  # image ids whose matching cost was not finite
     totals: list[Tensor] = field(default_factory=list)  # this process's alone: each micro-batch's loss, unread
@@ -100,6 +107,7 @@ class WindowRunner:
         self.loss_names = [*loss_names, "loss"]
         self.seed = seed
         self.overlap = overlap and accelerator.num_processes > 1
+        self.phases = memory.Phases(accelerator.device, on=False)  # the loop brings one that reports
 
     def run(
         self,
@@ -132,7 +140,7 @@ class WindowRunner:
             overlap = int(total[2]) == planned
         share = _Share(failure=failure)
         if failure is None and not requests.broken:
-            self._compute(micro_batches, self.criterion.normalisers(total), overlap, share, requests)
+            self._compute(micro_batches, self.criterion.normalisers(total[:3]), overlap, share, requests)
         result = self._agree(share, requests)
         if not result.trained:
             self.discard()
@@ -144,9 +152,9 @@ class WindowRunner:
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients()
         images = sum(len(b) for b in micro_batches)
-        self.forward_state.combine(images, total[-1], self.accelerator.num_processes, self.accelerator.device)
+        self.forward_state.combine(images, total[2], self.accelerator.num_processes, self.accelerator.device)
         result.totals = share.totals
-        return self._read(share.sums, total, result)
+        return self._read(share, total, result)
 
     def discard(self) -> None:
         """As if the window had not been: gradients gone, running statistics as before it."""
@@ -157,10 +165,11 @@ class WindowRunner:
 
     def _count(self, micro_batches: Sequence[Batch], failure: str | None) -> tuple[Tensor, str | None]:
         """The window's counts over all processes, and why this process cannot take part."""
-        count = self.criterion.count([])
+        count = torch.cat([self.criterion.count([]), torch.zeros(len(FACTS), dtype=torch.float64)])
         if failure is None:
             try:
-                count = torch.stack([count, *(self.criterion.count(batch.targets) for batch in micro_batches)]).sum(0)
+                rows = [torch.cat([self.criterion.count(b.targets), count_facts(b.targets)]) for b in micro_batches]
+                count = torch.stack([count, *rows]).sum(0)
             except UserError as error:
                 failure = str(error)
         return all_reduce_sum(count, self.accelerator.device), failure
@@ -196,11 +205,14 @@ class WindowRunner:
         """Forward, match, loss, backward; adds the detached terms and the ids of unmatched images to ``share``."""
         seed_dropout(self.seed, batch)
         batch = batch.to(self.accelerator.device, non_blocking=True)
+        self.phases.begin("forward")
         outputs = self.model(batch.images, batch.mask)
         result = self.criterion(outputs, batch.targets, counts)
+        self.phases.begin("backward")
         # under overlap DistributedDataParallel averages over processes; ours is a sum
         self.accelerator.backward(result.total * scale)
         share.totals.append(result.total.detach())
+        share.box_sums = result.box_sums if share.box_sums is None else share.box_sums + result.box_sums
         for name, value in {**result.losses, "loss": share.totals[-1]}.items():
             share.sums[name] = share.sums[name] + value if name in share.sums else value
         share.bad += [t.image_id for t, is_bad in zip(batch.targets, result.bad_image, strict=True) if is_bad]
@@ -233,13 +245,17 @@ class WindowRunner:
                 if p.grad is None:
                     p.grad = torch.zeros_like(p)
 
-    def _read(self, sums: dict[str, Tensor], total: Tensor, result: WindowResult) -> WindowResult:
+    def _read(self, share: _Share, total: Tensor, result: WindowResult) -> WindowResult:
         """Losses, counts and norms come to the host together: the second of two device reads a window."""
         device = self.accelerator.device
-        names = self.loss_names
+        names = [*self.loss_names, "image_spread"]
         zero = torch.zeros((), device=device)
-        values = torch.stack([sums.get(name, zero).to(torch.float64) for name in names])
-        values = all_reduce_sum(values, device)
+        values = torch.stack([share.sums.get(name, zero).to(torch.float64) for name in self.loss_names])
+        boxes = share.box_sums
+        if boxes is None:  # no image of this window is this process's
+            boxes = torch.zeros(2, self.criterion.num_queries, 4, dtype=torch.float64, device=device)
+        values, boxes = all_reduce_sum(torch.cat([values, boxes.flatten()]), device).split([len(values), boxes.numel()])
+        values = torch.cat([values, image_spread(boxes.view(2, -1, 4), total[2])[None]])
         norms = [
             torch.nn.utils.get_total_norm([p.grad for p in rows]).to(torch.float64) for rows in self.groups.values()
         ]
@@ -248,7 +264,8 @@ class WindowRunner:
         result.losses = dict(zip(names, read, strict=False))
         result.grad_norms = dict(zip(self.groups, read[len(names) :], strict=False))
         result.grad_norm = float(np.sqrt(np.sum(np.square(list(result.grad_norms.values())))))
-        health, num_boxes, _, num_images = read[len(names) + len(norms) :]
+        health, num_boxes, matched, num_images, *facts = read[len(names) + len(norms) :]
+        result.facts = dict(zip(FACTS, map(int, facts), strict=True)) | {"unmatched_boxes": int(num_boxes - matched)}
         result.statistics_finite = bool(np.isfinite(health))
         result.num_images, result.num_boxes = int(num_images), int(num_boxes)
         return result
@@ -271,11 +288,26 @@ class _Share:
     """One process's part of a window, before all agree."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
+    box_sums: Tensor | None = None
     bad: list[int] = field(default_factory=list)
     totals: list[Tensor] = field(default_factory=list)
     out_of_memory: bool = False
     abandoned: bool = False
     failure: str | None = None
+
+
+def count_facts(targets: Sequence[Targets]) -> Tensor:
+    """``FACTS`` of one micro-batch, float64 on the host.
+
+    Args:
+        targets: still on the host, so that looking at them waits for nothing.
+    """
+    tiny = 0
+    for t in targets:
+        h, w = t.size_px
+        tiny += int((np.from_dlpack(t.boxes_cxcywh)[:, 2:] * (w, h) < TINY_PX).any(1).sum())
+    counts = sum(t.is_blank for t in targets), sum(len(t.labels) == 0 for t in targets), sum(t.num_cut for t in targets)
+    return torch.tensor([*counts, tiny], dtype=torch.float64)
 
 
 def seed_dropout(seed: int, batch: Batch) -> None:

@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 from detr_accel import data
+from detr_accel.data import coco
+from detr_accel.data.collate import _is_blank
 from detr_accel.structures import UserError
 
 DATA = Path(__file__).parents[2].parent / "shared/data"
@@ -52,6 +54,8 @@ def test_targets_follow_the_order_of_detr(folder, recipe_for):
     splits = data.build(recipe_for(root))
     sample = splits.train.sample(2)
     assert sample.boxes_xyxy_px.tolist() == [[0, 0, 5, 5]] and sample.labels.tolist() == [1]
+    assert sample.num_cut == 2, "the one that was cut and the one outside"
+    assert "1 boxes that reach out of their image (cut at its border)" in splits.found[0]
     kept = [a for a in splits.train.ground_truth()["annotations"] if a["image_id"] == 3]
     assert [a["bbox"] for a in kept] == [crowd["bbox"], *boxes.values()]
     assert [a["iscrowd"] for a in kept] == [1, 0, 0, 0, 0] and kept[1]["area"] == 100  # from the box
@@ -319,3 +323,17 @@ def test_real_folders_are_read(recipe_for, name, num):
             assert sample.image.shape[:2] == source.size_px(i)
             h, w = source.size_px(i)
             assert (sample.boxes_xyxy_px >= 0).all() and (sample.boxes_xyxy_px <= (w, h, w, h)).all()
+
+
+def test_boxes_that_reach_out_of_their_image_are_counted_and_rounding_is_not(tmp_path):
+    boxes = [[10, 10, 30, 20], [10, 10, 91, 20], [-5, 0, 20, 20], [60, 40, 40.5, 40.3], [50, 30, 80, 70]]
+    sizes = np.array([80, 100])  # h, w
+    found = coco.reach_out(np.array(boxes, np.float64), sizes)
+    assert found.tolist() == [False, False, True, False, True]
+
+
+def test_an_image_of_one_colour_is_blank_and_one_other_pixel_is_enough():
+    image = np.full((50, 40, 3), (7, 0, 200), np.uint8)
+    assert _is_blank(image)
+    image[49, 31, 1] = 1
+    assert not _is_blank(image)

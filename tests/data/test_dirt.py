@@ -458,7 +458,7 @@ def check_case(source, tree: dict) -> int:
     checked = 0
     for i in range(len(source)):
         h, w = source.size_px(i)
-        boxes, labels = source._targets(source._rows[i], (h, w))
+        boxes, labels, _ = source._targets(source._rows[i], (h, w))
         assert (boxes >= 0).all() and (boxes <= (w, h, w, h)).all() and (boxes[:, 2:] > boxes[:, :2]).all()
         fitting = allowed(tree, file_of, Path(source.name(i)).name, h, w)
         for target, label in zip(boxes, labels.tolist(), strict=True):

@@ -67,6 +67,9 @@ def test_metrics_rows_hold_no_clock_and_no_memory_figure(tmp_path):
 def test_speed_rows_hold_clock_and_memory(tmp_path):
     go(tmp_path, 0, 30)
     rows = read(tmp_path / "speed.jsonl")
+    evaluated = [r for r in rows if "speed/seconds" not in r]
+    assert [(r["window"], r["memory/evaluation_gib"] > 0) for r in evaluated] == [(15, True), (30, True)]
+    rows = [r for r in rows if r not in evaluated]
     assert [r["window"] for r in rows] == [5, 10, 15, 20, 25, 30]
     for row in rows:
         assert row["speed/images_per_second"] == pytest.approx(16) and row["speed/wait_seconds"] == pytest.approx(0.1)

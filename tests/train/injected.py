@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -106,9 +107,7 @@ def micro_batch(self, batch: Batch, counts, share, scale: int) -> None:
         undo.append(weight.register_hook(hook).remove)
     if fault["what"] == "loss":
         undo.append(
-            self.criterion.register_forward_hook(
-                lambda m, a, out: type(out)(out.total * value, out.losses, out.bad_image)
-            ).remove
+            self.criterion.register_forward_hook(lambda m, a, out: replace(out, total=out.total * value)).remove
         )
     try:
         return _plain_micro_batch(self, batch, counts, share, scale)

@@ -28,7 +28,8 @@ SHORT = "schedule: {steps: 2, kind: constant}\n"
 
 @pytest.fixture
 def built():
-    text = injected.TINY.replace("scales: [64]", "scales: [160]").replace("image_size: 64", "image_size: 160")
+    text = injected.TINY.replace("name: test_resnet", "name: resnet10t")  # large enough to be seen
+    text = text.replace("scales: [64]", "scales: [160]").replace("image_size: 64", "image_size: 160")
     recipe = recipes.loads(text + SHORT + "name: fit\n")
     splits = data.build(recipe)
     return parts.build(recipe, make_accelerator("no", "cpu"), splits, resume=False)

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from detr_accel.train.window import WindowResult, WindowRunner
+from detr_accel.models.losses import _box_sums, image_spread
+from detr_accel.structures import Targets
+from detr_accel.train.window import FACTS, WindowResult, WindowRunner, count_facts
 
 SCRIPT = Path(__file__).with_name("window_layouts.py")
 ROOT = Path(__file__).parents[2]
@@ -52,6 +54,7 @@ def test_every_layout_gives_the_gradient_of_the_whole_batch(layouts, kind, proce
         assert result["losses"][name] == pytest.approx(value, rel=1e-9, abs=1e-9), name
     assert result["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-9)
     assert (result["num_images"], result["num_boxes"]) == (whole["num_images"], whole["num_boxes"])
+    assert result["facts"] == whole["facts"]
     compare(whole_grads, grads, 1e-9)
 
 
@@ -98,3 +101,21 @@ def test_clipping_bounds_the_norm_or_each_component():
     p.grad = torch.tensor([3.0, -4.0, 0.2])
     runner.clip(WindowResult(grad_norm=5.0), None, 0.5)
     assert torch.equal(p.grad, torch.tensor([0.5, -0.5, 0.2]))
+
+
+def test_facts_of_the_targets_are_counted():
+    boxes = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.01, 0.5], [0.5, 0.5, 0.5, 0.05]])
+    full = Targets(1, torch.zeros(3, dtype=torch.int64), boxes, (50, 100), (50, 100), num_cut=2)
+    empty = Targets(2, torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), (50, 100), (50, 100), is_blank=True)
+    counted = dict(zip(FACTS, count_facts([full, empty]).tolist(), strict=True))
+    assert counted == {"blank_images": 1, "empty_images": 1, "cut_boxes": 2, "tiny_boxes": 1}
+    assert count_facts([]).tolist() == [0, 0, 0, 0]
+
+
+def test_the_spread_over_images_is_that_of_all_micro_batches_together():
+    boxes = torch.rand(6, 5, 4, dtype=torch.float64)
+    sums = _box_sums(boxes[:2]) + _box_sums(boxes[2:])
+    assert image_spread(sums, torch.tensor(6.0)).item() == pytest.approx(boxes.std(0, correction=0).mean().item())
+    same = boxes[:1].expand(4, 5, 4)
+    assert image_spread(_box_sums(same), torch.tensor(4.0)).item() < 1e-7
+    assert image_spread(torch.zeros(2, 5, 4, dtype=torch.float64), torch.tensor(0.0)).item() == 0

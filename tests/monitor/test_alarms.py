@@ -1,0 +1,256 @@
+"""Every alarm fires on a made history, in words that name recipe keys, and keeps silent over a healthy one."""
+
+import dataclasses
+import json
+import random
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from detr_accel import monitor
+from detr_accel import recipe as recipes
+from detr_accel.monitor import alarm_rules
+from detr_accel.monitor.alarms import TITLES, About, Alarms, Memory, judge_rows
+from detr_accel.monitor.rows import train_row
+from detr_accel.structures import StepStats, UserError
+
+PLAIN = About()
+KEYS = set(recipes._known())
+SECTIONS = {key.partition(".")[0] for key in KEYS if "." in key}
+FACTS = {"blank_images": 0, "empty_images": 0, "cut_boxes": 0, "tiny_boxes": 0, "unmatched_boxes": 0}
+
+
+def window(number: int, **changes) -> StepStats:
+    """Window ``number`` of a healthy run: the loss falls from 25 to 10, noise of 5 %."""
+    noise = random.Random(number).gauss(1, 0.05)
+    fallen = 2.718 ** (-number / 1000)
+    losses = {
+        "loss_giou": (0.5 + 0.6 * fallen) * noise, "class_error": 30 + 60 * fallen, "box_spread": 0.15,
+        "image_spread": 0.05,
+    }  # fmt: skip
+    losses |= changes.pop("losses", {})
+    facts = FACTS | changes.pop("facts", {})
+    base = StepStats(
+        window=number, step=number, epoch=number / 500, loss=(10 + 15 * fallen) * noise, losses=losses,
+        grad_norm=20 * noise**3, grad_norms={"backbone": 5.0, "transformer": 15.0, "heads": 10.0},
+        lr={"backbone": 1e-5, "transformer": 1e-4, "heads": 1e-4}, num_images=8, num_boxes=24, seconds=1.0,
+        wait_seconds=0.05, facts=facts,
+    )  # fmt: skip
+    return dataclasses.replace(base, **changes)
+
+
+def run(length: int, change=lambda w: {}) -> list[StepStats]:
+    """A run with ``change(window number)`` made to each window."""
+    return [window(w, **change(w)) for w in range(1, length + 1)]
+
+
+def raised(stats: list[StepStats], about: About = PLAIN, **more) -> list[tuple[int, str, str]]:
+    alarms = Alarms(about, Memory(head_loaded=more.pop("head_loaded", 0.0)), **more)
+    return [(s.window, a.title, a.text) for s in stats for a in alarms.judge(s)]
+
+
+def after(start: int, **changes):
+    return lambda w: changes if w > start else {}
+
+
+def losses(**values):
+    return {"losses": values}
+
+
+HIGH = About(lr=2e-3)
+NAN = float("nan")
+NOT_FINITE = {"loss": NAN, "grad_norm": NAN, "grad_norms": {"transformer": NAN, "heads": NAN}, "accepted": False}
+# title -> (windows, the recipe's numbers, further arguments, window in which it must have spoken)
+HISTORIES = {
+    "Diverged": (run(400, lambda w: {"loss": 40.0} if w > 250 else {}), About(), {}, 300),
+    "Loss spike": (run(200, lambda w: {"loss": 60.0} if w in (150, 151, 153) else {}), About(), {}, 153),
+    "Gradient spikes": (run(200, lambda w: {"grad_norm": 900.0} if w in (150, 155, 160) else {}), About(), {}, 160),
+    "Clipping saturated": (run(120, lambda w: {"grad_norm": 2000.0}), About(clip_norm=0.1), {}, 100),
+    "Plateau": (run(2500, lambda w: {"loss": window(10**6 + w).loss + 14, **losses(loss_giou=1.1)}), About(), {}, 2100),
+    "Too good too early": (run(300, after(150, losses={"loss_giou": 0.04, "class_error": 0.0})), About(), {}, 180),
+    "Collapsed predictions": (run(300, after(30, losses={"box_spread": 1e-8})), HIGH, {}, 50),
+    "Same boxes in every image": (run(300, after(30, losses={"image_spread": 1e-8})), HIGH, {}, 50),
+    "Classes do not fit": (
+        run(60, after(0, losses={"loss_giou": 0.4, "class_error": 97.0})), About(from_scratch=False),
+        {"head_loaded": 1.0}, 10,
+    ),
+    "Batch of one image": (run(3, after(0, num_images=1)), About(batch_size=1), {}, 1),
+    "Windows without boxes": (run(60, after(0, num_boxes=0)), About(), {}, 20),
+    "Blank images": (run(60, after(0, facts={"blank_images": 6})), About(), {}, 2),
+    "Boxes leave their images": (run(60, after(0, facts={"cut_boxes": 9})), About(), {}, 3),
+    "Tiny boxes": (run(60, after(0, facts={"tiny_boxes": 20})), About(), {}, 3),
+    "More boxes than queries": (run(60, after(0, facts={"unmatched_boxes": 4})), About(num_queries=5), {}, 9),
+    "Nothing learns": (run(5, after(0, lr={"transformer": 0.0, "heads": 0.0})), About(lr=0), {}, 1),
+    "Part without learning rate": (
+        run(5, after(0, lr={"backbone": 1e-4, "transformer": 1e-4, "heads": 0.0})), About(), {}, 1,
+    ),
+    "Device waits for images": (run(80, after(0, wait_seconds=0.6)), About(), {}, 50),
+    "Memory nearly full": (run(20, after(9, memory_fraction=0.99)), About(), {}, 10),
+}  # fmt: skip
+
+
+def evaluations(val: list[float], train: list[float]):
+    alarms = Alarms(About(), Memory())
+    rows = [{"val/loss": v, "val/train_loss": t, "val/AP": 0.1} for v, t in zip(val, train, strict=True)]
+    return [(i, a.title, a.text) for i, row in enumerate(rows) for a in alarms.evaluated(100 * i, float(i), row)]
+
+
+def names_keys(text: str) -> None:
+    """The remedy is in the recipe's own keys, and every key that is named exists."""
+    named = re.findall(rf"\b(?:{'|'.join(SECTIONS)})\.[a-z_.]*[a-z_]", text)
+    assert named, text
+    assert set(named) <= KEYS, set(named) - KEYS
+
+
+def test_every_row_of_the_table_has_its_history():
+    assert {*HISTORIES, *alarm_rules.AT_EVALUATION} == set(TITLES)
+
+
+@pytest.mark.parametrize("title", HISTORIES)
+def test_it_fires_on_its_history_and_says_what_to_change(title):
+    stats, about, more, due = HISTORIES[title]
+    said = [(at, text) for at, name, text in raised(stats, about, **more) if name == title]
+    assert said, f"{title} said nothing"
+    assert said[0][0] <= due
+    assert len(said) == 1, "an alarm that goes on is not said again so soon"
+    names_keys(said[0][1])
+
+
+def test_worse_validation_while_training_improves():
+    ((at, title, text),) = evaluations([9, 8, 7, 7.5, 7.6, 7.7], [9, 7, 6, 5, 4, 3])
+    assert (at, title) == (4, "Validation gets worse")
+    assert "was 7 at window 200 and is 7.6" in text and "fell from 6 to 4" in text
+    names_keys(text)
+
+
+@pytest.mark.parametrize(
+    "val, train",
+    [
+        ([9, 8, 7, 6.5, 6.4], [9, 8, 7, 6, 5]),  # both improve
+        ([9, 7, 7.5, 7.1, 7.6], [9, 8, 7, 6, 5]),  # once worse, not twice in a row
+        ([9, 7, 7.5, 7.6, 7.7], [9, 6, 6.5, 7, 8]),  # training got worse, too: it is no learning by heart
+        ([9, 7], [9, 8]),
+    ],
+)
+def test_other_evaluations_are_no_overfitting(val, train):
+    assert evaluations(val, train) == []
+
+
+def test_evaluations_without_the_two_losses_say_nothing():
+    alarms = Alarms(About(), Memory())
+    assert [alarms.evaluated(w, 1.0, {"val/AP": 0.5 - w / 1000}) for w in range(100, 500, 100)] == [[]] * 4
+
+
+@pytest.mark.law9
+@pytest.mark.parametrize(
+    "about",
+    [About(), About(batch_size=1, lr=1e-5), About(clip_norm=None), About(from_scratch=False), About(on_gpu=False)],
+)
+def test_a_healthy_history_is_silent(about):
+    assert raised(run(3000), about) == []
+
+
+@pytest.mark.law9
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: {"grad_norm": 5000.0} if w % 300 == 0 else {},  # one jump now and then is what clipping is for
+        lambda w: {"loss": 60.0} if w % 200 == 0 else {},  # one odd window
+        lambda w: losses(box_spread=2e-4) if w < 60 else {},  # every decoder begins like this
+        lambda w: {"num_boxes": 0, "losses": {"loss_giou": 0.0, "class_error": 0.0}} if w % 2 else {},
+        lambda w: {"lr": {"transformer": 1e-4, "heads": 1e-4}},  # a backbone frozen on purpose has no group
+        lambda w: {"facts": {"cut_boxes": 1, "tiny_boxes": 5, "blank_images": 1}} if w % 3 == 0 else {},
+        lambda w: NOT_FINITE if w == 500 else {},  # health speaks of it
+    ],
+    ids=["jumps", "odd loss", "young decoder", "half empty", "frozen backbone", "some dirt", "not finite"],
+)
+def test_what_healthy_runs_do_now_and_then_is_no_alarm(change):
+    assert raised(run(1200, change)) == []
+
+
+@pytest.mark.law9
+def test_a_branch_that_begins_with_a_trained_model_is_no_divergence():
+    assert raised(run(3400)[3000:], About(lr=1e-3)) == []
+
+
+def test_a_high_rate_that_never_lets_the_loss_fall_is_named():
+    stats = run(120, lambda w: {"loss": 45.0 if w > 1 else 47.0})
+    ((at, title, text),) = raised(stats, HIGH)
+    assert (at, title) == (100, "Diverged") and "began at 45" in text
+    assert raised(stats, About()) == [], "at DETR's own rate a hundred windows are no judgement"
+
+
+def test_waiting_says_nothing_on_a_cpu_that_it_shares_with_the_loader():
+    assert raised(run(100, after(0, wait_seconds=0.9)), About(on_gpu=False)) == []
+
+
+def test_what_goes_on_is_said_again_after_long_and_counted():
+    said = raised(run(2600, after(0, facts={"cut_boxes": 9})), again_after=1000)
+    assert [at for at, _, _ in said] == [3, 1003, 2003]
+    assert "(time 2; in 1001 windows since window 3)" in said[1][2]
+
+
+def test_what_comes_again_after_long_is_another_episode():
+    def spikes(w):
+        return {"loss": 60.0} if w in (150, 151, 152, 1950, 1951, 1952) else {}
+
+    said = raised(run(2000, spikes), again_after=1000)
+    assert [at for at, _, _ in said] == [152, 1952]
+    assert "time 2" not in said[1][2]
+
+
+def test_titles_that_are_off_do_not_speak():
+    stats, about, more, _ = HISTORIES["Batch of one image"]
+    assert raised(stats, about, off=["Batch of one image"], **more) == []
+    recipe = recipes.loads("data: {format: shapes}\nalarms: {off: [Plateux]}")
+    cpu = torch.device("cpu")
+    with pytest.raises(UserError, match="alarms.off: no alarm is called 'Plateux'; there are: .*Plateau"):
+        monitor.build_alarms(recipe, Memory(), 10, cpu)
+
+
+def test_a_rule_that_fails_says_so_and_ends_nothing(monkeypatch):
+    monkeypatch.setitem(alarm_rules.EVERY_WINDOW, "Tiny boxes", lambda now, past, about: 1 / 0)
+    ((at, title, text),) = raised(run(10))
+    assert (at, title) == (1, "Tiny boxes") and "ZeroDivisionError" in text and "alarms.off" in text
+
+
+@pytest.mark.law2
+@pytest.mark.parametrize("title", [t for t in HISTORIES if t not in alarm_rules.MACHINE])
+@pytest.mark.parametrize("stop", [1, 40, 101, 151, 152])
+def test_a_resumed_run_raises_the_alarms_of_the_run_never_stopped(title, stop):
+    stats, about, more, _ = HISTORIES[title]
+    whole = raised(stats, about, **more)
+    memory = Memory(**more)
+    first = Alarms(about, memory)
+    said = [(s.window, a.title, a.text) for s in stats[:stop] for a in first.judge(s)]
+    kept = json.loads(json.dumps(asdict(memory)))
+    [a for s in stats[stop : stop + 20] for a in first.judge(s)]  # these are lost with the process
+    second = Alarms(about, Memory(**kept))
+    said += [(s.window, a.title, a.text) for s in stats[stop:] for a in second.judge(s)]
+    assert said == whole
+
+
+def test_memory_is_bounded():
+    memory = Memory()
+    alarms = Alarms(About(), memory)
+    for s in run(1500):
+        alarms.judge(s)
+    long = len(json.dumps(asdict(memory)))
+    assert long < 40_000
+    assert max(map(len, memory.recent.values())) <= alarm_rules.KEPT
+
+
+@pytest.mark.parametrize("title", [t for t in HISTORIES if t not in alarm_rules.MACHINE])
+def test_a_log_of_every_window_is_judged_as_the_run_was(title):
+    stats, about, more, _ = HISTORIES[title]
+    rows = [{"window": s.window, "step": s.step, "epoch": s.epoch} | train_row(s) for s in stats]
+    again = judge_rows(json.loads(json.dumps(rows)), about, **more)
+    assert [(w, a.title) for w, a in again] == [(w, t) for w, t, _ in raised(stats, about, **more)]
+
+
+def test_the_docs_have_a_row_for_every_alarm():
+    text = (Path(__file__).parents[2] / "docs" / "not-learning.md").read_text()
+    assert [title for title in TITLES if f"| `{title}` |" not in text] == []
