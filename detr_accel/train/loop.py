@@ -224,7 +224,7 @@ class _Turn:
 
     def judge(self, stats: StepStats) -> None:
         """Alarms about the window: on every process, so that any of them can save what judging remembers."""
-        if self.alarms is None:
+        if self.alarms is None or stats.num_images == 0:  # a window without images has no loss to judge
             return
         if stats.window % self.built.recipe.log.every == 0:
             stats.memory_fraction = monitor.memory.taken_fraction(self.built.accelerator.device)

@@ -161,6 +161,7 @@ def test_a_window_without_any_image_moves_nothing(folder, tmp_path, monkeypatch)
     row = rows[blank - 1]
     assert row["health/accepted"] == 0 and row["train/loss"] == 0 and rows[-1]["step"] == 10
     assert row["health/nonfinite"] == 0, "it is no fault of the numbers"
+    assert {r["title"] for r in inject.rows(run, "alarms.jsonl") if r["window"] == blank} == {"Unreadable images"}
     checkpoints = [f"window-{blank + d:08d}" for d in (-1, 0)]
     if blank > 1:
         assert inject.differing(*(inject.weights(run, c) for c in checkpoints)) == []
