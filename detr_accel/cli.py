@@ -102,13 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _rehearse_options(p)
 
-    p = verb("check-data", _check_data, "look at what training will see; recipe keys can be set", overrides=True)
-    p.add_argument("recipe", help="YAML file")
-    _preview_options(p)
-
-    p = verb("start", _start, "write a first recipe for a data set, each line with its reason")
-    p.add_argument("folder", type=Path, help="a COCO folder")
-    p.add_argument("--out", type=Path, help="the recipe (default: NAME.yaml here, NAME being the folder's)")
+    _data_verbs(verb)
 
     p = verb("eval", _eval, "COCO metrics of a run or checkpoint")
     p.add_argument("model", help="run, checkpoint, model folder, .pth or .safetensors")
@@ -184,12 +178,23 @@ def _rehearse_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--rehearsal-job", type=Path, help=argparse.SUPPRESS)  # a rehearsal's own children
 
 
-def _preview_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--preview", type=Path, required=True, metavar="OUT.png", help="write a contact sheet with the boxes"
-    )
-    p.add_argument("--epoch", type=int, default=0, help="of the training; the first one is 0")
-    p.add_argument("--images", type=int, default=12, help="how many to draw (default: 12)")
+def _data_verbs(verb) -> None:
+    p = verb(
+        "check-data", _check_data, "every record and file of a data set: what is odd, and what training does about it; "
+        "or a look at what training will see",
+        overrides=True,
+    )  # fmt: skip
+    p.add_argument("data", help="a COCO folder, or a recipe (YAML), whose keys can then be set as key=value")
+    p.add_argument("--out", type=Path, metavar="FOLDER", help="also write report.html, with pictures, and report.json")
+    p.add_argument("--workers", type=int, help="processes that decode (default: one for each core, at most 8)")
+    p.add_argument("--preview", type=Path, metavar="OUT.png", help="instead: a contact sheet of what training will see")
+    p.add_argument("--epoch", type=int, default=0, help="of the preview; the first one is 0")
+    p.add_argument("--images", type=int, default=12, help="of the preview (default: 12)")
+    p.add_argument("--json", action="store_true")
+
+    p = verb("start", _start, "write a first recipe for a data set, each line with its reason")
+    p.add_argument("folder", type=Path, help="a COCO folder")
+    p.add_argument("--out", type=Path, help="the recipe (default: NAME.yaml here, NAME being the folder's)")
 
 
 def _model_options(p: argparse.ArgumentParser) -> None:
@@ -226,9 +231,30 @@ def _rehearse(args, recipe, resume) -> int:
 
 
 def _check_data(args, overrides) -> int:
-    recipe = recipes.load(args.recipe, overrides)
-    print(_preview(recipe, args))
-    return 0
+    from tqdm import tqdm
+
+    from detr_accel import data
+
+    if not Path(args.data).is_dir():
+        recipe = recipes.load(args.data, overrides)
+    elif overrides:
+        raise UserError(f"{args.data} is a folder, and {overrides[0]} needs a recipe to belong to: give a YAML file")
+    else:
+        recipe = recipes.Recipe.model_validate({"data": {"root": args.data}})
+    if args.preview:
+        print(_preview(recipe, args))
+        return 0
+    workers = min(8, os.cpu_count() or 1) if args.workers is None else max(0, args.workers)
+    report = data.check(
+        recipe, workers=0 if workers == 1 else workers,
+        progress=lambda items, total: tqdm(items, "check", total, unit="image", disable=args.json or None),
+    )  # fmt: skip
+    if args.out:
+        data.check_report.write(report, args.out, args.data)
+    print(json.dumps(report.to_json(), indent=1) if args.json else data.check_report.table(report))
+    if args.out and not args.json:
+        print(f"wrote {args.out / 'report.html'} and report.json")
+    return 0 if report.ok else 1
 
 
 def _preview(recipe, args) -> str:

@@ -58,6 +58,10 @@ class Data(Section):
     """As train_annotations, for the validation split."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the images kept for validation when there is a single json; the split is drawn by seed and saved."""
+    on_bad: Literal["mend", "drop", "stop"] = "mend"
+    """What happens to records and images that are odd or broken. ``mend``: repaired where nothing has to be guessed,
+    else left out. ``drop``: left out. ``stop``: the run ends with a sentence about the first one. What was mended or
+    left out is counted and named at the start; an image that cannot be read leaves its place in the window empty."""
     workers: Annotated[int, Field(ge=0, le=256)] = 2
     """Loader processes per training process. 0 reads in the training process itself."""
     prefetch: Positive = 2

@@ -100,6 +100,9 @@ class Targets:
         )
 
 
+Lost = tuple[int, str]  # the id of an image, and why it could not be read
+
+
 @dataclass
 class Batch:
     """One micro-batch, padded bottom and right to the window's canvas."""
@@ -110,16 +113,18 @@ class Batch:
     positions: tuple[int, ...]  # each image's global position in the epoch (training) or in the split (evaluation)
     window: int = 0
     epoch: int = 0
+    lost: tuple[Lost, ...] = ()  # images that belong here and could not be read: their places are empty
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def part(self, start: int, stop: int) -> Batch:
-        """Images start .. stop - 1 on the same canvas."""
+        """Images start .. stop - 1 on the same canvas; what is lost is told by the whole alone."""
         cut = slice(start, stop)
         return replace(
-            self, images=self.images[cut], mask=self.mask[cut], targets=self.targets[cut], positions=self.positions[cut]
-        )
+            self, images=self.images[cut], mask=self.mask[cut], targets=self.targets[cut], lost=(),
+            positions=self.positions[cut],
+        )  # fmt: skip
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         return replace(
@@ -134,6 +139,8 @@ class Batch:
         self.mask.share_memory_()
 
     def pin_memory(self) -> Batch:
+        if not len(self):  # all are lost: nothing to pin
+            return self
         return replace(self, images=self.images.pin_memory(), mask=self.mask.pin_memory())
 
 
@@ -164,6 +171,7 @@ class StepStats:
     seconds: float  # the whole window
     wait_seconds: float  # of which: waiting for data
     accepted: bool = True
+    num_dropped: int = 0  # images so far whose places were left empty, because they could not be read
     extra: dict[str, float] = field(default_factory=dict)
     facts: dict[str, float] = field(default_factory=dict)  # of the targets, over all processes: see train.window.FACTS
     memory_fraction: float | None = None  # how much of the device's memory is taken; None where nobody looked

@@ -2,45 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from detr_accel.data import augment, cache, coco_json, first_recipe, layout, loader, splitting
-from detr_accel.data.coco import CocoSource, classes_like, classes_of
+from detr_accel.data import augment, cache, check_report, first_recipe, layout, loader, opening
+from detr_accel.data import check as checks
 from detr_accel.data.collate import make_batch
 from detr_accel.data.cost import ImageCost, image_cost
 from detr_accel.data.device import PlannedBatch, ahead
+from detr_accel.data.dirt import Dirt
 from detr_accel.data.geometry import Augmentation, canvas, eval_plan, largest_first, resized, worst_canvas
 from detr_accel.data.images import ImageFiles
-from detr_accel.data.loader import worker_death
+from detr_accel.data.loader import without_lost, worker_death
+from detr_accel.data.opening import Splits, describe
 from detr_accel.data.preview import epoch_sheet
 from detr_accel.data.sampler import EvalTasks, Task, TrainTasks, shapes_of, share, windows_per_epoch
 from detr_accel.data.shapes import ShapesSource
 from detr_accel.data.source import Source, Subset
-from detr_accel.data.splitting import describe
 from detr_accel.recipe import Recipe
-from detr_accel.structures import Batch, Classes, UserError
+from detr_accel.structures import Batch, UserError
 
 __all__ = [
-    "Demands", "ImageCost", "ImageFiles", "PlannedBatch", "Source", "Splits", "Subset", "build", "cache_room", "cost",
-    "demands", "describe", "eval_batches", "eval_source", "first_recipe_for", "is_there", "preview", "share",
-    "still_window", "total_windows",
-    "train_windows", "windows_per_epoch", "with_cache", "worker_death", "worst_window",
+    "Demands", "ImageCost", "ImageFiles", "PlannedBatch", "Source", "Splits", "Subset", "build", "cache_room",
+    "check", "check_report", "cost", "demands", "describe", "eval_batches", "eval_source", "first_recipe_for",
+    "is_there", "preview", "share", "still_window", "total_windows", "train_windows", "windows_per_epoch",
+    "with_cache", "without_lost", "worker_death", "worst_window",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Splits:
-    """Both splits, and what to tell and to keep about them."""
-
-    train: Source
-    val: Source
-    found: list[str]  # lines for the console
-    split_json: dict | None = None  # the image ids of each split, where one json was cut in two
 
 
 def build(recipe: Recipe, split_json: dict | None = None, max_val_images: int | None = None) -> Splits:
@@ -72,8 +63,8 @@ def _shapes(recipe: Recipe, split: str) -> ShapesSource:
 def _build_coco(recipe: Recipe, split_json: dict | None) -> Splits:
     d = recipe.data
     root = Path(d.root).expanduser() if d.root is not None else Path()
-    train_json = _explicit(root, d.train_annotations)
-    val_json = _explicit(root, d.val_annotations)
+    train_json = opening.explicit(root, d.train_annotations)
+    val_json = opening.explicit(root, d.val_annotations)
     if train_json is None:
         found = layout.find_jsons(root)
         train_json = layout.pick(found, "train", root) or layout.pick(found, "", root)
@@ -81,55 +72,22 @@ def _build_coco(recipe: Recipe, split_json: dict | None) -> Splits:
         if train_json is None:
             there = ", ".join(sorted(found))
             raise UserError(f"{root} has jsons for {there} but none to train on: set data.train_annotations")
-    train = _open(train_json, root, "train", _explicit(root, d.train_images))
+    found, more = Dirt(d.on_bad), Dirt(d.on_bad)
+    train = opening.open_split(train_json, root, "train", opening.explicit(root, d.train_images), found)
     if val_json is None:
-        return _cut(train, split_json or splitting.draw_split(train, d.val_fraction, recipe.seed))
-    val = _open(val_json, root, "val", _explicit(root, d.val_images), train.classes)
-    splitting.check_targets(train)
+        splits = opening.cut(train, split_json or opening.draw_split(train, d.val_fraction, recipe.seed))
+        return replace(splits, found=[*splits.found, *found.lines("both", opening.DESCRIBED)])
+    val = opening.open_split(val_json, root, "val", opening.explicit(root, d.val_images), more, train.classes)
+    opening.check_targets(train)
     lines = [
-        splitting.line("train", train),
-        splitting.line("val", val),
-        *splitting.shared_files(train, val),
-        *splitting.unused(train),
-        *splitting.no_boxes(val),
-    ]
+        opening.line("train", train), opening.line("val", val), *opening.shared_files(train, val),
+        *opening.unused(train), *opening.no_boxes(val), *found.lines("train", opening.DESCRIBED),
+        *more.lines("val", opening.DESCRIBED),
+    ]  # fmt: skip
     return Splits(train, val, lines)
 
 
 _FORMATS = {"coco": _build_coco, "shapes": _build_shapes}
-
-
-def _explicit(root: Path, path: str | None) -> Path | None:
-    if path is None:
-        return None
-    full = root / Path(path).expanduser()
-    if not full.exists():
-        raise UserError(f"{full} does not exist (from {path!r} in the recipe)")
-    return full
-
-
-def _open(json_path: Path, root: Path, split: str, images: Path | None, like: Classes | None = None) -> CocoSource:
-    table = coco_json.read(json_path)
-    folders = [images] if images is not None else layout.image_folders(json_path, root, split)
-    folder, paths = layout.locate(json_path, table.file_names, folders)
-    return CocoSource(table, folder, paths, classes_of(table) if like is None else classes_like(like, table))
-
-
-def _cut(source: CocoSource, split_json: dict) -> Splits:
-    row_of = {image_id: row for row, image_id in enumerate(source.table.image_ids.tolist())}
-    gone = [i for name in ("train", "val") for i in split_json[name] if i not in row_of]
-    if gone:
-        raise UserError(f"{source.table.path} no longer has image {gone[0]} of the saved split ({len(gone)} are gone)")
-    train, val = (source.subset(sorted(row_of[i] for i in split_json[name])) for name in ("train", "val"))
-    splitting.check_targets(train)
-    new = len(row_of) - len(train) - len(val)
-    lines = [
-        f"data: one json, cut by seed {split_json['seed']} into train and val (the split is saved with the run)",
-        splitting.line("train", train), splitting.line("val", val), *splitting.unused(train), *splitting.no_boxes(val),
-    ]  # fmt: skip
-    if new:
-        lines.append(f"data: {new} images came after the split was saved; they are in neither part")
-    return Splits(train, val, lines, split_json)
 
 
 def eval_source(
@@ -159,7 +117,48 @@ def eval_source(
     if path is None:
         there = ", ".join(s or "one that names no split" for s in found)
         raise UserError(f"{root} has no json for the split {wanted!r}, it has: {there}; choose with --split")
-    return _open(path, root, wanted, None)
+    return opening.open_split(path, root, wanted, None, Dirt(recipe.data.on_bad))
+
+
+def check(
+    recipe: Recipe, *, workers: int = 0, progress: Callable[[Iterable, int], Iterable] = lambda items, total: items
+) -> checks.Report:
+    """Look at every record and file of the data set of a recipe, whatever is wrong with it.
+
+    Args:
+        workers: processes that decode; 0 works here.
+        progress: wraps the loop over the files; gets it and their number.
+    Raises:
+        UserError: there is no data set.
+    """
+    if recipe.data.format != "coco":
+        raise UserError(f"check-data looks at COCO folders; data.format is {recipe.data.format}")
+    e, stride = recipe.data, 16 if recipe.model.backbone.dc5 else 32
+    model = checks.Model(stride, recipe.model.num_queries, e.eval_size, e.eval_max_size)
+    splits = [_look(recipe, *row) for row in _jsons(recipe)]
+    return checks.check(splits, model, policy=recipe.data.on_bad, workers=workers, progress=progress)
+
+
+def _jsons(recipe: Recipe) -> list[tuple[str, Path, Path | None]]:
+    """Split, json and image folder (None: to be found) of all there are; one that names no split is ``all``."""
+    d, root = recipe.data, Path(recipe.data.root or "").expanduser()
+    given = {"train": (d.train_annotations, d.train_images), "val": (d.val_annotations, d.val_images)}
+    found: dict[str, Path | None] = {s: opening.explicit(root, json_path) for s, (json_path, _) in given.items()}
+    if found["train"] is None:
+        there = layout.find_jsons(root)
+        found |= {s: found.get(s) or layout.pick(there, s, root) for s in there if s or not found["val"]}
+    images = {s: opening.explicit(root, folder) for s, (_, folder) in given.items()}
+    return [(s or "all", path, images.get(s or "train")) for s, path in found.items() if path is not None]
+
+
+def _look(recipe: Recipe, split: str, json_path: Path, images: Path | None) -> checks.Split:
+    dirt = Dirt("mend" if recipe.data.on_bad == "stop" else recipe.data.on_bad, look=True)
+    try:
+        return checks.Split(
+            split, opening.open_split(json_path, Path(recipe.data.root or ""), split, images, dirt), dirt
+        )
+    except UserError as error:
+        return checks.Split(split, None, dirt, str(error))
 
 
 def train_windows(
@@ -175,7 +174,7 @@ def train_windows(
     micro: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[list[Batch]]:
-    """This rank's micro-batches of each window in [start_window, end_window).
+    """This rank's micro-batches of each window in [start_window, end_window). One may be empty: see ``without_lost``.
 
     Closing the iterator ends its workers. Images and canvas are the same for any number of ranks, workers and micro.
 
@@ -191,7 +190,8 @@ def train_windows(
     micro = recipe.batch.micro if micro is None else micro
     tasks = _tasks(recipe, source, micro, rank, num_ranks, start_window, end_window)
     device = torch.device(device)
-    stream = loader.batches(source, tasks, **_loading(recipe, mean, std), on_device=_on_device(recipe, device))
+    on_device, leave_out = _on_device(recipe, device), recipe.data.on_bad != "stop"
+    stream = loader.batches(source, tasks, **_loading(recipe, mean, std), on_device=on_device, leave_out=leave_out)
     return ahead(loader.windows(stream, tasks), device)
 
 
@@ -261,11 +261,15 @@ def _kept(recipe: Recipe, splits: Splits) -> list[tuple[Source, dict]]:
     strong = _strong(recipe, len(splits.train))
     whole = strong is not None and strong.crops_originals()
     first: Callable = lambda size: size if whole else largest_first(size, policy)  # noqa: E731
-    settings = ("train", policy.scales, policy.max_size, policy.crop > 0, policy.crop_scales, *["whole"] * whole)
+    settings = ("train", d.on_bad, policy.scales, policy.max_size, policy.crop > 0, policy.crop_scales)
+    settings += ("whole",) * whole
     evaluated: Callable = lambda size: resized(size, d.eval_size, d.eval_max_size)  # noqa: E731
     return [
         (splits.train, {"largest": first, "exact": False, "settings": settings}),
-        (splits.val, {"largest": evaluated, "exact": True, "settings": ("val", d.eval_size, d.eval_max_size)}),
+        (
+            splits.val,
+            {"largest": evaluated, "exact": True, "settings": ("val", d.on_bad, d.eval_size, d.eval_max_size)},
+        ),
     ]
 
 
@@ -371,13 +375,15 @@ def eval_batches(
     keep_faults: bool = False,
 ) -> Iterator[Batch | UserError]:
     """This rank's batches of a split: each image once over all ranks, in batches that do not depend on their number.
+    Images that cannot be read are in no batch but in its ``lost``, unless ``data.on_bad`` is to stop.
 
     Args:
         keep_faults: yield the error of a broken image in the place of its batch, and go on.
     """
     d = recipe.data
     tasks = EvalTasks(source, recipe.evaluate.batch, d.eval_size, d.eval_max_size, rank, num_ranks)
-    return loader.batches(source, tasks, **_loading(recipe, mean, std), keep_faults=keep_faults)
+    leave_out = recipe.data.on_bad != "stop" and not keep_faults
+    return loader.batches(source, tasks, **_loading(recipe, mean, std), keep_faults=keep_faults, leave_out=leave_out)
 
 
 def still_window(

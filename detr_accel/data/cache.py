@@ -31,7 +31,7 @@ from detr_accel.data.loader import start_worker
 from detr_accel.data.source import Source
 from detr_accel.structures import Sample, UserError, writing
 
-VERSION = 1
+VERSION = 2
 RAM = Path("/dev/shm/detr_accel")  # a file system in memory
 _SPARE = 0.9  # of what is free, at most
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from detr_accel.data.coco_json import Strings, Table
-from detr_accel.data.decode import header_size, read_rgb
+from detr_accel.data.decode import read_rgb
 from detr_accel.structures import Classes, Sample, UserError
 
 
@@ -23,14 +23,20 @@ class CocoSource:
         paths: each image's file, relative to the folder, in the table's order.
         classes: labels and category ids; every category of the table is in it.
         rows: which images, as positions in the table; None takes all.
+        scale: a picture of the right shape in another size than the record's is read in the record's.
     """
 
-    def __init__(self, table: Table, folder: Path, paths: Strings, classes: Classes, rows: np.ndarray | None = None):
-        self.table, self.folder, self.classes, self._paths = table, str(folder), classes, paths
+    def __init__(
+        self,
+        table: Table,
+        folder: Path,
+        paths: Strings,
+        classes: Classes,
+        rows: np.ndarray | None = None,
+        scale: bool = False,
+    ):
+        self.table, self.folder, self.classes, self._paths, self.scale = table, str(folder), classes, paths, scale
         self._rows = np.arange(len(table)) if rows is None else np.asarray(rows, np.int64)
-        self._sizes = table.sizes_px.copy()
-        for row in self._rows[(self._sizes[self._rows] == 0).any(1)]:
-            self._sizes[row] = header_size(f"{self.folder}/{paths[row]}")
         ids = np.array(list(table.categories), np.int64)
         label_of = np.array([classes.label_of[c] for c in table.categories], np.int64)
         self._labels = label_of[np.searchsorted(ids, table.category_ids)]
@@ -39,7 +45,7 @@ class CocoSource:
         return len(self._rows)
 
     def size_px(self, index: int) -> tuple[int, int]:
-        h, w = self._sizes[self._rows[index]]
+        h, w = self.table.sizes_px[self._rows[index]]
         return int(h), int(w)
 
     def image_id(self, index: int) -> int:
@@ -49,7 +55,9 @@ class CocoSource:
         return self.table.file_names[self._rows[index]]
 
     def file(self, index: int) -> str:
-        return f"{self.folder}/{self._paths[self._rows[index]]}"
+        """The file; where none was found, the place where it should be."""
+        row = self._rows[index]
+        return f"{self.folder}/{self._paths[row] or self.table.file_names[row]}"
 
     def most_boxes(self) -> int:
         counts = np.diff(self.table.offsets)[self._rows]
@@ -61,18 +69,19 @@ class CocoSource:
     def sample(self, index: int, at_least_px: tuple[int, int] | None = None) -> Sample:
         size_px = self.size_px(index)
         try:
-            image = read_rgb(self.file(index), size_px, at_least_px)
+            image = read_rgb(self.file(index), size_px, at_least_px, scale=self.scale)
         except UserError as error:
             raise UserError(f"{self.table.path}: image id {self.image_id(index)}: {error}") from None
         boxes, labels, num_cut = self._targets(self._rows[index], size_px)
         return Sample(image, self.image_id(index), boxes, labels, num_cut)
 
     def _targets(self, row: int, size_px: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, int]:
-        """DETR's order: crowd out, corners, clip to the image, keep what has width and height; how many ran out."""
+        """DETR's order: crowd out, corners, clip to the image, keep what has width and height; how many ran out. A box
+        twice is one."""
         of_image = np.arange(self.table.offsets[row], self.table.offsets[row + 1])
-        of_image = of_image[~self.table.crowd[of_image]]
-        boxes, keep = _clip(self.table.boxes_xywh_px[of_image], np.array(size_px))
-        num_cut = int(_reach_out(self.table.boxes_xywh_px[of_image], np.array(size_px)).sum())
+        of_image = of_image[~self.table.crowd[of_image] & ~self.table.again[of_image]]
+        boxes, keep = clip(self.table.boxes_xywh_px[of_image], np.array(size_px))
+        num_cut = int(reach_out(self.table.boxes_xywh_px[of_image], np.array(size_px)).sum())
         return boxes[keep], self._labels[of_image[keep]], num_cut
 
     def ground_truth(self) -> dict:
@@ -102,7 +111,7 @@ class CocoSource:
         counts = np.diff(t.offsets)[self._rows]
         pick = np.repeat(t.offsets[:-1][self._rows], counts) + _ramps(counts)
         for array in (
-            t.image_ids[self._rows], self._sizes[self._rows], counts, self._labels[pick], t.boxes_xywh_px[pick],
+            t.image_ids[self._rows], self.table.sizes_px[self._rows], counts, self._labels[pick], t.boxes_xywh_px[pick],
             t.areas_px[pick], t.crowd[pick],
         ):  # fmt: skip
             digest.update(np.ascontiguousarray(array).tobytes())
@@ -114,9 +123,6 @@ class CocoSource:
         """The first images of the split as a split of their own."""
         return self.subset(self._rows[:num_images])
 
-    def path(self, index: int) -> str:
-        return f"{self.folder}/{self._paths[self._rows[index]]}"
-
     def written(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Every annotation that is no crowd region, as the json has it: boxes xywh px [A, 4], the (h, w) of its image
         [A, 2], its category id [A], and the index of its image [A]."""
@@ -125,14 +131,14 @@ class CocoSource:
         of_image = np.repeat(np.arange(len(self)), counts)
         plain = ~t.crowd[pick]
         pick, of_image = pick[plain], of_image[plain]
-        return t.boxes_xywh_px[pick], self._sizes[self._rows[of_image]], t.category_ids[pick], of_image
+        return t.boxes_xywh_px[pick], t.sizes_px[self._rows[of_image]], t.category_ids[pick], of_image
 
     def stamp(self) -> str:
         """sha256 over size and time of change of every file: another one where pixels may have changed."""
         digest = hashlib.sha256()
-        for row in self._rows:
+        for i in range(len(self)):
             try:
-                found = os.stat(f"{self.folder}/{self._paths[row]}")
+                found = os.stat(self.file(i))
                 digest.update(f"{found.st_size} {found.st_mtime_ns}\n".encode())
             except OSError:
                 digest.update(b"gone\n")
@@ -140,23 +146,25 @@ class CocoSource:
 
     def subset(self, rows: Sequence[int] | np.ndarray) -> CocoSource:
         """Other images of the same json; the arrays are shared."""
-        return CocoSource(self.table, Path(self.folder), self._paths, self.classes, np.asarray(rows, np.int64))
+        rows = np.asarray(rows, np.int64)
+        return CocoSource(self.table, Path(self.folder), self._paths, self.classes, rows, self.scale)
 
     def describe(self) -> str:
         """One line for the console: counts, and what is left out of the targets."""
         t = self.table
         pick, counts, keep = self._kept()
         left_out = ~keep & ~t.crowd[pick]
-        reach_out = _reach_out(t.boxes_xywh_px[pick], np.repeat(self._sizes[self._rows], counts, axis=0))
-        reach_out &= keep & ~t.crowd[pick]
-        flat = left_out & (t.boxes_xywh_px[pick, 2:] <= 0).any(1)
+        reaching = reach_out(t.boxes_xywh_px[pick], np.repeat(t.sizes_px[self._rows], counts, axis=0))
+        reaching &= keep & ~t.crowd[pick]
+        inverted = (t.boxes_xywh_px[pick, 2:] < 0).any(1)  # told when the json is read
+        flat = left_out & ~inverted & (t.boxes_xywh_px[pick, 2:] == 0).any(1)
         parts = [f"{len(self)} images", f"{len(pick)} boxes", f"{len(self.classes)} classes"]
         notes = {
             "images without boxes": int((counts == 0).sum()),
             "crowd regions (kept for evaluation only)": int(t.crowd[pick].sum()),
             "boxes without area (left out of the targets)": int(flat.sum()),
-            "boxes outside their image (left out of the targets)": int((left_out & ~flat).sum()),
-            "boxes that reach out of their image (cut at its border)": int(reach_out.sum()),
+            "boxes outside their image (left out of the targets)": int((left_out & ~flat & ~inverted).sum()),
+            "boxes that reach out of their image (cut at its border)": int(reaching.sum()),
         }
         parts += [f"{value} {what}" for what, value in notes.items() if value]
         return ", ".join(parts)
@@ -164,7 +172,7 @@ class CocoSource:
     def num_targets(self) -> int:
         """Boxes that can be learned from, without decoding."""
         pick, _, keep = self._kept()
-        return int((keep & ~self.table.crowd[pick]).sum())
+        return int((keep & ~self.table.crowd[pick] & ~self.table.again[pick]).sum())
 
     def _kept(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Annotations of these images [A], how many each has, and which of them have an area after clipping [A]."""
@@ -173,11 +181,11 @@ class CocoSource:
         return (
             pick,
             counts,
-            _clip(self.table.boxes_xywh_px[pick], np.repeat(self._sizes[self._rows], counts, axis=0))[1],
+            clip(self.table.boxes_xywh_px[pick], np.repeat(self.table.sizes_px[self._rows], counts, axis=0))[1],
         )
 
 
-def _clip(boxes_xywh_px: np.ndarray, sizes_px: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def clip(boxes_xywh_px: np.ndarray, sizes_px: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Boxes [N, 4] and their images' (h, w), [2] or [N, 2] -> float32 xyxy in the images, and which have an area."""
     with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot hold ends at a border or is left out
         boxes = boxes_xywh_px.astype(np.float32)
@@ -187,7 +195,7 @@ def _clip(boxes_xywh_px: np.ndarray, sizes_px: np.ndarray) -> tuple[np.ndarray, 
         return boxes, (boxes[:, 2:] > boxes[:, :2]).all(1)
 
 
-def _reach_out(boxes_xywh_px: np.ndarray, sizes_px: np.ndarray) -> np.ndarray:
+def reach_out(boxes_xywh_px: np.ndarray, sizes_px: np.ndarray) -> np.ndarray:
     """Which boxes [N, 4] end outside their image by more than a hundredth of it, which is not rounding: bool [N].
 
     Args:

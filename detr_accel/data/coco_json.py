@@ -1,4 +1,4 @@
-"""Read a COCO json into flat arrays, refusing what would silently become a wrong target.
+"""Read a COCO json into flat arrays; what would silently become a wrong target is mended, left out or refused.
 
 Python objects are kept by nobody: worker processes are forked, and every look at an object's reference count would copy
 its memory page into each of them.
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from detr_accel.data.dirt import Dirt
 from detr_accel.structures import UserError
 
 
@@ -46,36 +48,41 @@ class Table:
     boxes_xywh_px: np.ndarray  # float64 [A, 4], as written
     areas_px: np.ndarray  # float64 [A]; the box's where the record has none
     crowd: np.ndarray  # bool [A]
+    again: np.ndarray  # bool [A]: an earlier one of the image has the same category and box
     categories: dict[int, str]  # id -> name, ascending
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
 
-def read(path: Path) -> Table:
+def read(path: Path, dirt: Dirt | None = None) -> Table:
     """Read and check one json.
 
+    Args:
+        dirt: counts and decides; None refuses whatever is odd.
     Raises:
         UserError: naming the file, the record and its value.
     """
+    dirt = Dirt("stop") if dirt is None else dirt
     tree = _load(path)
-    categories = _categories(path, tree["categories"])
-    ids, names, sizes = _images(path, tree["images"])
-    row_of = {image_id: row for row, image_id in enumerate(ids)}
-    columns = _annotations(path, tree["annotations"], row_of, categories)
+    categories = _categories(path, tree["categories"], dirt)
+    images, left_out = _images(path, tree["images"], dirt)
+    row_of = {image_id: row for row, image_id in enumerate(images)} | dict.fromkeys(left_out, -1)
+    columns = _annotations(path, tree["annotations"], row_of, categories, dirt)
     order = np.argsort(columns["row"], kind="stable")
-    counts = np.bincount(columns["row"], minlength=len(ids))
+    counts = np.bincount(columns["row"], minlength=len(images))
     return Table(
         path=path,
-        image_ids=np.array(ids, np.int64),
-        file_names=Strings(names),
-        sizes_px=np.array(sizes, np.int32).reshape(-1, 2),
+        image_ids=np.array(list(images), np.int64),
+        file_names=Strings([name for name, _ in images.values()]),
+        sizes_px=np.array([size for _, size in images.values()], np.int32).reshape(-1, 2),
         offsets=np.concatenate(([0], np.cumsum(counts))).astype(np.int64),
-        annotation_ids=_usable_ids(columns["id"])[order],
+        annotation_ids=_usable_ids(path, columns["id"], dirt)[order],
         category_ids=columns["category"][order],
         boxes_xywh_px=columns["box"][order],
         areas_px=columns["area"][order],
         crowd=columns["crowd"][order],
+        again=np.zeros(len(order), bool),
         categories=categories,
     )
 
@@ -98,11 +105,11 @@ def _load(path: Path) -> dict:
     return tree
 
 
-def _categories(path: Path, records: list) -> dict[int, str]:
+def _categories(path: Path, records: list, dirt: Dirt) -> dict[int, str]:
     names: dict[int, str] = {}
     for number, record in enumerate(records):
         where = f"{path}: categories[{number}]"
-        category_id = _integer(record, "id", where)
+        category_id = _integer(record, "id", where, dirt)
         name = record.get("name")
         if name is None or str(name).strip() == "":
             raise UserError(f"{where} (id {category_id}) has no name: give it one")
@@ -117,52 +124,81 @@ def _categories(path: Path, records: list) -> dict[int, str]:
     return dict(sorted(names.items()))
 
 
-def _images(path: Path, records: list) -> tuple[list[int], list[str], list[tuple[int, int]]]:
-    seen: dict[int, str] = {}
-    sizes: list[tuple[int, int]] = []
+def _images(path: Path, records: list, dirt: Dirt) -> tuple[dict[int, tuple[str, tuple[int, int]]], set[int]]:
+    """Id -> (file name, (h, w) px, 0 where unknown) in the file's order; and the ids of images that are left out."""
+    found: dict[int, tuple[str, tuple[int, int]]] = {}
+    left_out: set[int] = set()
     for number, record in enumerate(records):
         where = f"{path}: images[{number}]"
-        image_id = _integer(record, "id", where)
-        name = record.get("file_name")
-        if not isinstance(name, str) or not name.strip():
-            raise UserError(f"{where} (id {image_id}) has no file_name: give it one or remove the record")
-        _check_text(name, "file_name", where, "surrogateescape")
-        if image_id in seen:
-            raise UserError(f"{where}: id {image_id} is used for {seen[image_id]!r} and {name!r}: ids must differ")
-        seen[image_id] = name
-        sizes.append((_side(record, "height", where), _side(record, "width", where)))
-    if not seen:
-        raise UserError(f"{path} lists no images")
-    return list(seen), list(seen.values()), sizes
+        try:
+            image_id = _integer(record, "id", where, dirt)
+        except _Odd as odd:
+            odd.tell(dirt, "image.record")
+            continue
+        try:
+            row = _image(record, image_id, where, dirt)
+        except _Odd as odd:
+            odd.tell(dirt, "image.record")
+            left_out.add(image_id)
+            continue
+        if image_id not in found:
+            found[image_id] = row
+        elif found[image_id][0] == row[0]:
+            dirt.note("image.record_twice", f"{where}: id {image_id} and {row[0]!r} stand in an earlier record, too")
+            found[image_id] = (row[0], row[1] if row[1] == found[image_id][1] else (0, 0))
+        else:
+            names = f"{found[image_id][0]!r} and {row[0]!r}"
+            dirt.note("image.id_twice", f"{where}: id {image_id} is used for {names}: ids must differ")
+            left_out.add(image_id)
+    kept = {image_id: row for image_id, row in found.items() if image_id not in left_out}
+    if not kept:
+        why = next((texts[0] for kind, texts in dirt.examples.items() if kind.startswith("image.")), None)
+        raise UserError(f"{path} lists no images" + (f" that can be used: {why}" if why else ""))
+    return kept, left_out
 
 
-def _side(record: dict, key: str, where: str) -> int:
+def _image(record: dict, image_id: int, where: str, dirt: Dirt) -> tuple[str, tuple[int, int]]:
+    name = record.get("file_name")
+    if not isinstance(name, str) or not name.strip():
+        raise _Odd(f"{where} (id {image_id}) has no file_name: give it one or remove the record")
+    if "\0" in name:
+        raise _Odd(f"{where} (id {image_id}): file_name {name!a} holds a zero byte: write it anew")
+    _check_text(name, "file_name", where, "surrogateescape")
+    try:
+        return name, (_side(record, "height", where, dirt), _side(record, "width", where, dirt))
+    except _Odd as odd:
+        if odd.kind == _TOLD or not dirt.note("image.size", odd):
+            raise _Odd(str(odd), _TOLD) from None
+        return name, (0, 0)
+
+
+def _side(record: dict, key: str, where: str, dirt: Dirt) -> int:
     value = record.get(key)
     if value is None:
         return 0  # read from the image's header later
+    if isinstance(value, str) and _SPELT.fullmatch(value) and int(value) > 0:
+        text = f"{where} (id {record.get('id')}): {key} {value!r} is not a number"
+        if not dirt.note("number.text", text):
+            raise _Odd(text, _TOLD)
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**31 or value != int(value):
-        raise UserError(f"{where} (id {record.get('id')}): {key} {value!r} is not a positive whole number of pixels")
+        raise _Odd(f"{where} (id {record.get('id')}): {key} {_short(value)} is not a positive whole number of pixels")
     return int(value)
 
 
 def _annotations(
-    path: Path, records: list, row_of: dict[int, int], categories: dict[int, str]
+    path: Path, records: list, row_of: dict[int, int], categories: dict[int, str], dirt: Dirt
 ) -> dict[str, np.ndarray]:
     rows, ids, labels, boxes, areas, crowd = [], [], [], [], [], []
     for number, record in enumerate(records):
-        here = _Here(path, number, record)
-        row = row_of.get(_integer(record, "image_id", here))
-        if row is None:
-            raise UserError(f"{here}: no image has the id {record['image_id']}: add the image or remove the annotation")
-        category_id = _integer(record, "category_id", here)
-        if category_id not in categories:
-            known = ", ".join(map(str, list(categories)[:10])) + (", ..." if len(categories) > 10 else "")
-            raise UserError(f"{here}: category_id {category_id} is not in the categories ({known}): add or mend it")
-        box = record.get("bbox")
-        if not isinstance(box, list) or len(box) != 4 or not all(map(_finite, box)):
-            raise UserError(
-                f"{here}: bbox {_short(box)} is not four finite numbers [x, y, width, height]: mend or remove it"
-            )
+        try:
+            found = _annotation(_Here(path, number, record), record, row_of, categories, dirt)
+        except _Odd as odd:
+            odd.tell(dirt, "annotation.record")
+            continue
+        if found is None:
+            continue
+        row, category_id, box = found
         area = record.get("area")
         rows.append(row)
         ids.append(record.get("id"))
@@ -178,6 +214,66 @@ def _annotations(
         "area": np.array(areas, np.float64),
         "crowd": np.array(crowd, bool),
     }
+
+
+def _annotation(
+    here: _Here, record: Any, row_of: dict[int, int], categories: dict[int, str], dirt: Dirt
+) -> tuple[int, int, list] | None:
+    """Row of the image, category id and box as written; None where the image is left out.
+
+    Raises:
+        _Odd: it cannot be used.
+    """
+    row = row_of.get(_integer(record, "image_id", here, dirt, "annotation.image"))
+    if row is None:
+        text = f"{here}: no image has the id {record['image_id']}: add the image or remove the annotation"
+        raise _Odd(text, "annotation.image")
+    category_id = _integer(record, "category_id", here, dirt, "annotation.category")
+    if category_id not in categories:
+        known = ", ".join(map(str, list(categories)[:10])) + (", ..." if len(categories) > 10 else "")
+        text = f"{here}: category_id {category_id} is not in the categories ({known}): add or mend it"
+        raise _Odd(text, "annotation.category")
+    box = record.get("bbox")
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_finite, box)):
+        box = _spelt_box(box, here, dirt)
+    return None if row < 0 else (row, category_id, box)
+
+
+def _spelt_box(box: Any, here: _Here, dirt: Dirt) -> list[float]:
+    """Four numbers of which some are written as text.
+
+    Raises:
+        _Odd: they are not.
+    """
+    text = f"{here}: bbox {_short(box)} is not four finite numbers [x, y, width, height]: mend or remove it"
+    if not isinstance(box, list) or len(box) != 4:
+        raise _Odd(text, "annotation.box")
+    read = [float(v) if isinstance(v, str) and _NUMBER.fullmatch(v) else v for v in box]
+    if not all(map(_finite, read)):
+        raise _Odd(text, "annotation.box")
+    if not dirt.note("number.text", text):
+        raise _Odd(text, _TOLD)
+    return read
+
+
+_TOLD = "told"
+
+
+class _Odd(UserError):
+    """A record that cannot be used as it is: why, and as which kind it is counted (``_TOLD``: it was)."""
+
+    def __init__(self, text: str, kind: str = "") -> None:
+        super().__init__(text)
+        self.kind = kind
+
+    def tell(self, dirt: Dirt, kind: str) -> None:
+        """``kind``: of one that has none of its own."""
+        if self.kind != _TOLD:
+            dirt.note(self.kind or kind, self)
+
+
+_SPELT = re.compile(r"[+-]?[0-9]{1,18}", re.ASCII)
+_NUMBER = re.compile(r"[+-]?([0-9]{1,18}(\.[0-9]{0,18})?|\.[0-9]{1,18})", re.ASCII)
 
 
 class _Here:
@@ -205,19 +301,29 @@ def _check_text(text: str, key: str, where: str, errors: str = "strict") -> None
     try:
         text.encode("utf-8", errors)
     except UnicodeEncodeError:
-        raise UserError(f"{where}: {key} {text!a} holds half a character (a lone surrogate): write it anew") from None
+        raise _Odd(f"{where}: {key} {text!a} holds half a character (a lone surrogate): write it anew") from None
 
 
-def _integer(record: Any, key: str, where: object) -> int:
+def _integer(record: Any, key: str, where: object, dirt: Dirt, kind: str = "") -> int:
+    """An id, also one that is written as 12.0 or "12".
+
+    Args:
+        kind: as which one that cannot be used is counted.
+    """
     if not isinstance(record, dict):
-        raise UserError(f"{where} is not an object but {str(record)[:40]!r}")
+        raise _Odd(f"{where} is not an object but {str(record)[:40]!r}")
     value = record.get(key)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, int) and not isinstance(value, bool) and not _is_integer(value):
-        raise UserError(f"{where}: {key} {_short(value)} does not fit 64 bits: give smaller ids")
+        raise _Odd(f"{where}: {key} {_short(value)} does not fit 64 bits: give smaller ids", kind)
     if not _is_integer(value):
-        raise UserError(f"{where}: {key} {_short(value)} is not an integer, which the COCO format asks for")
+        text = f"{where}: {key} {_short(value)} is not an integer, which the COCO format asks for"
+        if not (isinstance(value, str) and _SPELT.fullmatch(value)):
+            raise _Odd(text, kind)
+        if not dirt.note("number.text", text):
+            raise _Odd(text, _TOLD)
+        value = int(value)
     return value
 
 
@@ -230,11 +336,16 @@ def _finite(value: Any) -> bool:
         return False
 
 
-def _usable_ids(ids: np.ndarray) -> np.ndarray:
+def _usable_ids(path: Path, ids: np.ndarray, dirt: Dirt) -> np.ndarray:
     """The annotations' own ids, or 1..A where some are missing, doubled or not positive.
 
     Nothing refers to them, but COCO evaluation takes id 0 for "unmatched" and keeps one annotation per id.
     """
-    if len(ids) and ids.min() > 0 and len(np.unique(ids)) == len(ids):
+    distinct, counts = np.unique(ids[ids > 0], return_counts=True)
+    odd = len(ids) - int((counts == 1).sum())
+    if not odd:
         return ids
+    again = distinct[counts > 1]
+    first = f"id {again[0]} is used {counts[counts > 1][0]} times" if len(again) else "some are missing or not positive"
+    dirt.note("annotation.ids", f"{path}: {first}", num=odd)
     return np.arange(1, len(ids) + 1)

@@ -7,16 +7,15 @@ a half, a quarter or an eighth of the size in less still. Everything else, and e
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from detr_accel.structures import UserError
 
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+_LEAST = 16  # px: a picture with a shorter side has nearly any shape "to a pixel"
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 
 
@@ -26,13 +25,19 @@ def header_size(path: str | Path, upright: bool = False) -> tuple[int, int]:
         with Image.open(path) as picture:
             w, h = picture.size
             turned = upright and picture.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-    except _BROKEN as error:
+    except Exception as error:  # whatever a decoder trips over, the file is at fault
         raise UserError(f"image {path} cannot be read: {_reason(error)}") from None
+    if min(h, w) < 1:
+        raise UserError(f"image {path} cannot be read: it is {w}x{h} pixels")
     return (w, h) if turned else (h, w)
 
 
 def read_rgb(
-    path: str | Path, size_px: tuple[int, int] | None, at_least_px: tuple[int, int] | None = None
+    path: str | Path,
+    size_px: tuple[int, int] | None,
+    at_least_px: tuple[int, int] | None = None,
+    *,
+    scale: bool = False,
 ) -> np.ndarray:
     """Decode one file.
 
@@ -42,8 +47,11 @@ def read_rgb(
             picture as a viewer shows it.
         at_least_px: the (h, w) that it will be resized to. A JPEG at least twice as large in both directions is decoded
             at half of its size or less, never below this.
+        scale: a picture of another size than ``size_px`` that has its shape, to a pixel, is taken for the same in
+            another size: boxes are where the record says, whatever the number of pixels.
     Returns:
-        uint8 [h, w, 3], of ``size_px`` or of a fraction of it.
+        uint8 [h, w, 3], of ``size_px`` or of a fraction of it; or, where it was scaled and ``at_least_px`` is given, of
+        the size that the file has.
     Raises:
         UserError: not an image, truncated, or of another size.
     """
@@ -52,20 +60,80 @@ def read_rgb(
         return fast
     try:
         with Image.open(path) as picture:
-            stored = (picture.height, picture.width)
-            if size_px is None or stored != size_px:
-                picture = ImageOps.exif_transpose(picture)
-            if size_px is not None and (picture.height, picture.width) != size_px:
-                raise UserError(
-                    f"image {path} is {stored[1]}x{stored[0]} pixels (width x height), its record says "
-                    f"{size_px[1]}x{size_px[0]}: mend the record, or put the right file there"
-                )
-            return np.array(_to_rgb(picture))
-    except UserError:
+            upright = _turned(path, picture, size_px, scale)
+            pixels = _to_rgb(upright)
+            if size_px is not None and at_least_px is None and (pixels.height, pixels.width) != size_px:
+                _check_pixels(size_px)
+                pixels = pixels.resize(size_px[::-1], Image.Resampling.BILINEAR)
+            return np.array(pixels)
+    except (UserError, MemoryError):
         raise
-    except _BROKEN as error:
+    except Exception as error:  # whatever a decoder trips over, the file is at fault
         why = _reason(error)
         raise UserError(f"image {path} cannot be decoded: {why}; replace the file or remove its record") from None
+
+
+def _turned(path: str | Path, picture: Image.Image, size_px: tuple[int, int] | None, scale: bool) -> Image.Image:
+    """The picture as stored or with its EXIF rotation, whichever the record speaks of.
+
+    Raises:
+        UserError: neither.
+    """
+    stored = (picture.height, picture.width)
+    if stored == size_px:
+        return picture
+    if size_px is None:
+        return ImageOps.exif_transpose(picture)
+    turn, scaled = _reading(stored, picture.getexif().get(_ORIENTATION, 1), size_px)
+    if turn is None or (scaled and not scale):
+        raise UserError(other_size(path, stored, size_px))
+    return ImageOps.exif_transpose(picture) if turn else picture
+
+
+def _reading(stored_px: tuple[int, int], orientation: int, size_px: tuple[int, int]) -> tuple[bool | None, bool]:
+    """Whether the record's size is the picture's after its EXIF rotation (None: nobody can tell), and whether in
+    another size."""
+    turned = stored_px[::-1] if orientation in (5, 6, 7, 8) else stored_px
+    for turn, size in ((False, stored_px), (True, turned)):
+        if size == size_px:
+            return turn, False
+    fits = [same_shape(size, size_px) for size in (stored_px, turned)]
+    if not any(fits) or (all(fits) and orientation not in (0, 1)):
+        return None, False
+    return not fits[0], True
+
+
+def size_fault(path: str | Path, size_px: tuple[int, int]) -> tuple[str, str]:
+    """From the header alone: the kind of dirt, where a file has another size than its record says, and the sentence.
+    Empty where it has not, or where decoding will say what is wrong."""
+    try:
+        with Image.open(path) as picture:
+            stored, orientation = (picture.height, picture.width), picture.getexif().get(_ORIENTATION, 1)
+    except Exception:  # a file that is no image
+        return "", ""
+    turn, scaled = _reading(stored, orientation, size_px)
+    kind = "image.other_size" if turn is None else "image.scaled" if scaled else ""
+    return kind, other_size(path, stored, size_px) if kind else ""
+
+
+def other_size(path: str | Path, stored_px: tuple[int, int], size_px: tuple[int, int]) -> str:
+    return (
+        f"image {path} is {stored_px[1]}x{stored_px[0]} pixels (width x height), its record says "
+        f"{size_px[1]}x{size_px[0]}: mend the record, or put the right file there"
+    )
+
+
+def same_shape(one_px: tuple[int, int], other_px: tuple[int, int]) -> bool:
+    """Whether one picture is the other in another size: (h, w) in proportion, to a pixel of the smaller."""
+    (h, w), (big_h, big_w) = sorted((one_px, other_px), key=lambda size: size[0] * size[1])
+    if min(h, w) < _LEAST:
+        return False
+    return abs(big_h * w / big_w - h) <= 1 or abs(big_w * h / big_h - w) <= 1
+
+
+def _check_pixels(size_px: tuple[int, int]) -> None:
+    if size_px[0] * size_px[1] > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"its record says {size_px[1]}x{size_px[0]} pixels, which is too much")
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -86,7 +154,7 @@ def _read_jpeg(path: str | Path, size_px: tuple[int, int], at_least_px: tuple[in
         if 2 * h > height or 2 * w > width:
             return simplejpeg.decode_jpeg(data)
         return simplejpeg.decode_jpeg(data, min_height=h, min_width=w)
-    except (OSError, ValueError):  # Pillow says what is wrong, or is content with it
+    except (OSError, ValueError, OverflowError):  # Pillow says what is wrong, or is content with it
         return None
 
 
@@ -104,4 +172,8 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def _reason(error: BaseException) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its words are the path again
+        return "it is no image"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return " ".join(str(error).split()) or type(error).__name__

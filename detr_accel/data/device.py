@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from detr_accel.data.compose import compose, mean_levels
 from detr_accel.data.geometry import Plan
-from detr_accel.structures import Batch, Targets
+from detr_accel.structures import Batch, Lost, Targets
 
 T = TypeVar("T")
 
@@ -37,6 +37,7 @@ class PlannedBatch:
     positions: tuple[int, ...]
     window: int = 0
     epoch: int = 0
+    lost: tuple[Lost, ...] = ()
     _arrived: torch.cuda.Event | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
@@ -49,10 +50,12 @@ class PlannedBatch:
         counts = [3 * h * w for h, w in self.sizes_px]
         return replace(
             self, pixels=self.pixels[sum(counts[:first]) : sum(counts[:last])], sizes_px=self.sizes_px[first:last],
-            plans=self.plans[cut], targets=self.targets[cut], positions=self.positions[cut],
+            plans=self.plans[cut], targets=self.targets[cut], positions=self.positions[cut], lost=(),
         )  # fmt: skip
 
     def pin_memory(self) -> PlannedBatch:
+        if not len(self):  # all are lost: nothing to pin, nothing to send
+            return self
         return replace(self, pixels=self.pixels.pin_memory())
 
     def share_memory_(self) -> None:
@@ -60,6 +63,8 @@ class PlannedBatch:
 
     def send(self, device: torch.device, stream: torch.cuda.Stream) -> PlannedBatch:
         """Start the copy to a GPU on a stream of its own; ``to`` waits for it, on the device."""
+        if not len(self):
+            return self
         with torch.cuda.stream(stream):
             pixels = self.pixels.to(device, non_blocking=True)
             arrived = torch.cuda.Event()
@@ -84,7 +89,7 @@ class PlannedBatch:
             torch.addcmul(shift, compose(pieces, plan, fill), scale, out=images[row, :, :h, :w])
             mask[row, :h, :w] = False
         targets = [t.to(device, non_blocking) for t in self.targets]
-        return Batch(images, mask, targets, self.positions, self.window, self.epoch)
+        return Batch(images, mask, targets, self.positions, self.window, self.epoch, self.lost)
 
     def _decoded(self, pixels: Tensor) -> Iterator[Tensor]:
         """Each image, uint8 [3, h, w]."""

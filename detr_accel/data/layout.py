@@ -9,12 +9,14 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
 from detr_accel.data.coco_json import Strings
+from detr_accel.data.dirt import Dirt
 from detr_accel.structures import UserError
 
 _SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _WORD = re.compile(r"(?<![a-z])(train|validation|valid|val|test)(?![a-z])", re.IGNORECASE)
 _OTHER_TASKS = ("person_keypoints", "captions", "stuff", "panoptic", "image_info")
 _SHOWN = 6
+MOST_MISSING = 0.5  # a larger share of missing images is another folder, or a download that stopped
 
 
 def find_jsons(root: Path) -> dict[str, list[Path]]:
@@ -159,16 +161,18 @@ def _plain_name(file_name: str) -> str:
     return "/".join(p for p in name.split("/") if p not in ("", ".", ".."))
 
 
-def locate(json_path: Path, file_names: Strings, folders: list[Path]) -> tuple[Path, Strings]:
+def locate(json_path: Path, file_names: Strings, folders: list[Path], dirt: Dirt | None = None) -> tuple[Path, Strings]:
     """Find every image of a json.
 
     Args:
         folders: candidates, likeliest first; the first that has the json's first images is taken.
+        dirt: counts and decides; None refuses whatever is odd.
     Returns:
-        the folder, and each image's path relative to it.
+        the folder, and each image's path relative to it; "" where the file is not there.
     Raises:
-        UserError: images are missing, or two records mean the same file.
+        UserError: more than half of the images are missing, as in another folder.
     """
+    dirt = Dirt("stop") if dirt is None else dirt
     if not folders:
         raise UserError(f"{json_path}: no image folder beside it: set data.train_images or data.val_images")
     probe = [file_names[i] for i in range(min(50, len(file_names)))]
@@ -181,24 +185,24 @@ def locate(json_path: Path, file_names: Strings, folders: list[Path]) -> tuple[P
         if hits == len(probe):
             break
     assert best is not None
-    paths = [best.find(file_names[i]) for i in range(len(file_names))]
-    missing = [file_names[i] for i, p in enumerate(paths) if p is None]
-    if missing:
-        looked = best.path if most > 0 else " and ".join(map(str, folders[:3]))
-        raise UserError(
-            f"{json_path}: {len(missing)} of {len(paths)} images are not in {looked}, the first is {missing[0]!r}: "
-            "put them there, remove their records, or set data.train_images / data.val_images"
-        )
-    _refuse_doubles(json_path, file_names, paths)
-    return best.path, Strings(paths)
-
-
-def _refuse_doubles(json_path: Path, file_names: Strings, paths: list[str]) -> None:
-    first: dict[str, int] = {}
-    for row, path in enumerate(paths):
-        if path in first:
-            raise UserError(
-                f"{json_path}: images[{first[path]}] ({file_names[first[path]]!r}) and images[{row}] "
-                f"({file_names[row]!r}) are the same file {path}: keep one record for each image"
+    paths, missing, unclear = [], [], []
+    for i in range(len(file_names)):
+        try:
+            paths.append(best.find(file_names[i]) or "")
+            missing += [] if paths[-1] else [file_names[i]]
+        except UserError as error:
+            paths.append("")
+            unclear.append(str(error))
+    looked = best.path if most > 0 else " and ".join(map(str, folders[:3]))
+    for kind, names in (("image.missing", missing), ("image.unclear", unclear)):
+        text = unclear[0] if unclear else ""
+        if kind == "image.missing" and missing:
+            text = (
+                f"{json_path}: {len(missing)} of {len(paths)} images are not in {looked}, the first is {missing[0]!r}: "
+                "put them there, remove their records, or set data.train_images / data.val_images"
             )
-        first[path] = row
+        if len(names) > MOST_MISSING * len(paths) and not dirt.look:
+            raise UserError(text)
+        if names:
+            dirt.note(kind, text, len(names), names)
+    return best.path, Strings(paths)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import signal
 import weakref
 from collections.abc import Iterable, Iterator
@@ -15,7 +16,7 @@ from detr_accel.data.collate import make_batch, plan_batch
 from detr_accel.data.device import PlannedBatch
 from detr_accel.data.sampler import Task, TrainTasks
 from detr_accel.data.source import Source
-from detr_accel.structures import Batch, UserError
+from detr_accel.structures import Batch, Lost, UserError
 
 _MOST_LIKELY = (
     "most often for lack of memory or shared memory: lower data.workers, data.prefetch or batch.micro (in a container, "
@@ -27,9 +28,11 @@ _GRACE_SECONDS = 30
 class _Tasks(Dataset):
     """A task goes in, a batch comes out; a user's mistake comes out as its sentence, not as a worker's traceback."""
 
-    def __init__(self, source: Source, mean: tuple[float, ...], std: tuple[float, ...], on_device: bool):
+    def __init__(
+        self, source: Source, mean: tuple[float, ...], std: tuple[float, ...], on_device: bool, leave_out: bool
+    ):
         self.source, self.mean, self.std = source, mean, std
-        self.make = plan_batch if on_device else make_batch
+        self.make = functools.partial(plan_batch if on_device else make_batch, leave_out=leave_out)
 
     def __getitem__(self, task: Task) -> Batch | PlannedBatch | UserError:
         try:
@@ -84,6 +87,7 @@ def batches(
     pin_memory: bool = False,
     keep_faults: bool = False,
     on_device: bool = False,
+    leave_out: bool = False,
 ) -> Iterator[Batch | PlannedBatch | UserError]:
     """One batch for each task, in the order of the tasks.
 
@@ -95,11 +99,12 @@ def batches(
         pin_memory: page-locked batches, for asynchronous copies to a GPU.
         keep_faults: yield the error of a broken record in the place of its batch, and go on.
         on_device: hand over decoded images with their plans; ``to`` makes the batch of them.
+        leave_out: an image that cannot be read leaves its place empty, and is named in its batch's ``lost``.
     Raises:
         UserError: a record is broken, or the operating system ended a worker.
     """
     loader = DataLoader(
-        _Tasks(source, mean, std, on_device),
+        _Tasks(source, mean, std, on_device, leave_out),
         sampler=tasks,
         batch_size=None,
         num_workers=workers,
@@ -143,6 +148,11 @@ def _found_dead(stream: Iterator) -> UserError | None:
 
 def _death(how: str) -> UserError:
     return UserError(f"a loader process was ended from outside ({how}), {_MOST_LIKELY}")
+
+
+def without_lost(micro_batches: list[Batch]) -> tuple[list[Batch], list[Lost]]:
+    """The micro-batches that have images, and what was lost of all of them."""
+    return [b for b in micro_batches if len(b)], [lost for b in micro_batches for lost in b.lost]
 
 
 def windows(stream: Iterator[Batch], tasks: TrainTasks) -> Iterator[list[Batch]]:

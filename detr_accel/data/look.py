@@ -109,20 +109,28 @@ def shared_images(train: Source, val: Source, seconds: float) -> list[Finding]:
     until = time.monotonic() + seconds
     val_of_size: dict[int, list[int]] = {}
     for i in range(len(val)):
-        val_of_size.setdefault(os.path.getsize(val.path(i)), []).append(i)
+        val_of_size.setdefault(_num_bytes(val.file(i)), []).append(i)
     twins: list[tuple[str, str]] = []
     digests: dict[str, str] = {}
     for i in range(len(train)):
         if time.monotonic() > until:
             break
-        for j in val_of_size.get(os.path.getsize(train.path(i)), []):
-            if _digest(train.path(i), digests) == _digest(val.path(j), digests):
+        for j in val_of_size.get(_num_bytes(train.file(i)) or -1, []):
+            if _digest(train.file(i), digests) == _digest(val.file(j), digests):
                 twins.append((train.name(i), val.name(j)))
     if not twins:
         return []
     first = f"{twins[0][0]!r} and {twins[0][1]!r}"
     text = f"{len(twins)} training images are validation images, too ({first}): the validation figures will flatter"
     return [Finding(text, "take them out of one of the splits")]
+
+
+def _num_bytes(path: str) -> int:
+    """0 for a file that is not there, which is told elsewhere."""
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return 0
 
 
 def _digest(path: str, known: dict[str, str]) -> str:
@@ -134,14 +142,14 @@ def _digest(path: str, known: dict[str, str]) -> str:
 
 def truth(source: Source, index: int) -> tuple[np.ndarray, np.ndarray]:
     """The annotations of one image past the way that targets take: boxes xyxy px inside the image [N, 4] and category
-    ids [N]; crowd regions and boxes without area left out."""
+    ids [N]; crowd regions, boxes without area and boxes given twice left out."""
     if not isinstance(source, CocoSource):
         sample = source.sample(index)
         ids = np.array([source.classes.category_ids[i] for i in sample.labels], np.int64)
         return sample.boxes_xyxy_px.astype(np.float64).reshape(-1, 4), ids
     t, row = source.table, int(source._rows[index])
     mine = np.arange(t.offsets[row], t.offsets[row + 1])
-    mine = mine[~t.crowd[mine]]
+    mine = mine[~t.crowd[mine] & ~t.again[mine]]
     h, w = source.size_px(index)
     x, y, bw, bh = t.boxes_xywh_px[mine].T
     boxes_px = np.stack((x, y, x + bw, y + bh), 1).clip(0, (w, h, w, h))

@@ -39,6 +39,7 @@ class Metrics:
     max_detections: int
     backend: str  # name and version
     kept: dict[int, Detections] = field(default_factory=dict)  # image id -> detections that the caller asked to keep
+    lost: dict[int, str] = field(default_factory=dict)  # image id -> why it could not be read; these count nowhere
 
     def to_json(self) -> dict:
         """Plain values for a json file: nan becomes null; ``kept`` is left out."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from detr_accel.evaluate.coco import Metrics, score
-from detr_accel.structures import Batch, Detections, UserError
+from detr_accel.structures import Batch, Detections, Lost, UserError
 
 
 @dataclass
@@ -25,6 +25,7 @@ class Share:
     scores: np.ndarray  # float32 [K]
     labels: np.ndarray  # int32 [K]
     boxes_xyxy_px: np.ndarray  # float32 [K, 4]
+    lost: tuple[Lost, ...] = ()  # images of its batches that could not be read
     error: str | None = None  # a process that failed says so here, instead of leaving the others waiting
 
 
@@ -42,7 +43,8 @@ def run(
     progress: Callable[[Iterable[Batch]], Iterable[Batch]] = lambda batches: batches,
     keep_images: Collection[int] = (),
 ) -> Metrics:
-    """Predict this process's batches, and score those of all processes together.
+    """Predict this process's batches, and score those of all processes together. An image that could not be read (its
+    batch says so) counts in neither detections nor ground truth, and is named in ``Metrics.lost``.
 
     The same numbers to the last digit for any number of processes, as long as ``predict`` sees the same batches.
 
@@ -69,9 +71,11 @@ def run(
     outcome: Metrics | str | None = None
     if is_main or broadcast is None:
         try:
-            detections = _join(shares)
+            detections, lost = _join(shares)
+            ground_truth = _without(ground_truth, lost)
             _check_each_once([d.image_id for d in detections], ground_truth)
             outcome = score(ground_truth, detections, to_category, max_detections=max_detections, backend=backend)
+            outcome = replace(outcome, lost=lost)
             kept = {d.image_id: d for d in detections if d.image_id in set(keep_images)}
         except Exception as error:  # told to all, so that no process goes on alone
             outcome = str(error) if isinstance(error, UserError) else f"scoring failed: {type(error).__name__}: {error}"
@@ -90,15 +94,17 @@ def _predict_share(
     predict: Callable[[Batch], list[Detections]], batches: Iterable[Batch]
 ) -> tuple[Share, Exception | None]:
     found: list[Detections] = []
+    lost: list[Lost] = []
     try:
         for batch in batches:
-            found += predict(batch)
+            lost += batch.lost if isinstance(batch, Batch) else ()
+            found += predict(batch) if len(batch) else []
     except Exception as error:  # the other processes wait in gather: reach it first, raise after
         return _pack([], f"{type(error).__name__}: {error}"), error
-    return _pack(found), None
+    return _pack(found, lost=tuple(lost)), None
 
 
-def _pack(found: list[Detections], error: str | None = None) -> Share:
+def _pack(found: list[Detections], error: str | None = None, lost: tuple[Lost, ...] = ()) -> Share:
     def join(parts: list[np.ndarray], dtype: type, shape: tuple[int, ...]) -> np.ndarray:
         return np.concatenate(parts).astype(dtype) if parts else np.zeros(shape, dtype)
 
@@ -108,11 +114,13 @@ def _pack(found: list[Detections], error: str | None = None) -> Share:
         scores=join([d.scores for d in found], np.float32, (0,)),
         labels=join([d.labels for d in found], np.int32, (0,)),
         boxes_xyxy_px=join([d.boxes_xyxy_px.reshape(-1, 4) for d in found], np.float32, (0, 4)),
+        lost=lost,
         error=error,
     )
 
 
-def _join(shares: list[Share]) -> list[Detections]:
+def _join(shares: list[Share]) -> tuple[list[Detections], dict[int, str]]:
+    """All detections, and the images that nobody could read."""
     errors = [s.error for s in shares if s.error]
     if errors:
         raise UserError(f"prediction failed during evaluation on {len(errors)} of {len(shares)} processes: {errors[0]}")
@@ -122,7 +130,21 @@ def _join(shares: list[Share]) -> list[Detections]:
         for image_id, start, end in zip(s.image_ids.tolist(), ends - s.counts, ends, strict=True):
             cut = slice(start, end)
             found.append(Detections(image_id, s.scores[cut], s.labels[cut].astype(np.int64), s.boxes_xyxy_px[cut]))
-    return found
+    return found, dict(sorted(pair for s in shares for pair in s.lost))
+
+
+def _without(ground_truth: dict, lost: dict[int, str]) -> dict:
+    """
+    Raises:
+        UserError: nothing is left.
+    """
+    if not lost:
+        return ground_truth
+    images = [i for i in ground_truth["images"] if i["id"] not in lost]
+    if not images:
+        raise UserError(f"none of the {len(lost)} validation images can be read; {next(iter(lost.values()))}")
+    annotations = [a for a in ground_truth["annotations"] if a["image_id"] not in lost]
+    return {**ground_truth, "images": images, "annotations": annotations}
 
 
 def _check_each_once(image_ids: list[int], ground_truth: dict) -> None:

@@ -46,7 +46,8 @@ def evaluate_checkpoint(
         backend=recipe.evaluate.backend,
         progress=lambda it: tqdm(it, total=total, desc="evaluate", unit="batch", disable=quiet or None),
     )
-    return metrics, [*detector.notes, f"data: {data.describe(source)}", *said, _precision_note(detector)]
+    lost = [f"left out of the evaluation: {why}" for why in metrics.lost.values()]
+    return metrics, [*detector.notes, f"data: {data.describe(source)}", *said, *lost, _precision_note(detector)]
 
 
 def _source(detector: Detector, split: str | None, folder: Path | None) -> data.Source:

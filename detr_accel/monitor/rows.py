@@ -24,6 +24,7 @@ def train_row(stats: StepStats) -> dict[str, float]:
     row["health/accepted"] = int(stats.accepted)
     row["data/num_images"] = stats.num_images
     row["data/num_boxes"] = stats.num_boxes
+    row["data/dropped"] = stats.num_dropped
     row |= {f"data/{name}": value for name, value in stats.facts.items()}
     return row | {f"health/{name}": value for name, value in stats.extra.items()}
 

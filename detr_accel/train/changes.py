@@ -26,6 +26,7 @@ RULES = {
     "data.val_annotations": SAFE,
     "data.group_by_shape": FORBIDDEN,  # another sample order
     "data.val_fraction": FORBIDDEN,  # the split is saved with the run
+    "data.on_bad": SAFE,  # what it leaves out is in the data's fingerprint
     "data.workers": SAFE,
     "data.prefetch": SAFE,
     "data.cache": SAFE,

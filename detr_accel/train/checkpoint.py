@@ -59,6 +59,8 @@ class State:
     early_stop: Waiting = field(default_factory=Waiting)
     plateau: Waiting = field(default_factory=Waiting)
     alarms: Memory = field(default_factory=Memory)
+    dropped: int = 0  # images whose places in their windows were left empty
+    blank_windows: int = 0  # in a row, that had no image at all
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> State:

@@ -39,6 +39,9 @@ class Commit:
             UserError: the verdict is to stop.
         """
         accelerator = self.parts.accelerator
+        if result.num_images == 0:  # nothing was seen: weight decay and momentum would move the weights all the same
+            self._refuse()
+            return False
         images = list(names_of(self.parts.splits.train, result.bad_images).values())
         verdict = self.parts.health.judge(
             state.health, result, state.window, scaler=accelerator.scaler is not None,

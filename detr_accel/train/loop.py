@@ -25,6 +25,7 @@ from detr_accel.train.capture import Captures
 from detr_accel.train.checkpoint import State
 from detr_accel.train.commit import Commit
 from detr_accel.train.lost import Roll
+from detr_accel.train.lost_images import LostImages
 from detr_accel.train.optim import set_lr
 from detr_accel.train.parts import Length, Parts
 from detr_accel.train.run_folder import RunFolder, write_atomic
@@ -143,6 +144,7 @@ def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal
     for micro_batches, wait_seconds, failure in _timed(windows):
         begun = time.perf_counter()
         sinks.phases.watch((state.window + 1) % recipe.log.every == 0 or state.window + 1 == built.length.total)
+        micro_batches, lost = data.without_lost(micro_batches)
         built.optimizer.zero_grad(set_to_none=True)
         micro_batches, result = turn.run(micro_batches, failure)
         if result.failure is not None:
@@ -151,6 +153,7 @@ def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal
             turn.save(state, must=True)
             sinks.say(f"stopped as asked in the middle of window {state.window + 1}, which begins anew with --resume")
             return False
+        turn.account(lost, result)
         lr = set_lr(built.optimizer, parts.lr_factor(built, state))
         state.window += 1
         sinks.phases.begin("optimizer")
@@ -177,6 +180,7 @@ class _Turn:
         self.alarms = monitor.build_alarms(
             built.recipe, state.alarms, len(built.splits.train), built.accelerator.device
         )
+        self.account = LostImages(built, state, sinks)
         self.over = False  # early stopping ended the run
 
     def begin(self) -> bool:
@@ -199,13 +203,14 @@ class _Turn:
             the parts it was trained in, and what it came to.
         """
         state, built = self.state, self.built
-        all_share = self._size() >= built.accelerator.num_processes
+        planned = parts.window_size(built, state.window)
+        all_share = planned >= built.accelerator.num_processes
         while True:
             requests = Requests(
                 self.stop.requested, self.save.due_by_clock(), self.commit.broken, failure, lambda: self.stop.overdue
             )
             micro_batches = memory_fit.recut(micro_batches, state.micro)
-            result = built.runner.run(micro_batches, all_share=all_share, requests=requests)
+            result = built.runner.run(micro_batches, all_share=all_share, planned=planned, requests=requests)
             if result.broken:
                 self.commit.mend(state)
             elif result.out_of_memory:
@@ -218,7 +223,7 @@ class _Turn:
 
     def judge(self, stats: StepStats) -> None:
         """Alarms about the window: on every process, so that any of them can save what judging remembers."""
-        if self.alarms is None:
+        if self.alarms is None or stats.num_images == 0:  # a window without images has no loss to judge
             return
         if stats.window % self.built.recipe.log.every == 0:
             stats.memory_fraction = monitor.memory.taken_fraction(self.built.accelerator.device)
@@ -277,12 +282,6 @@ class _Turn:
             ):
                 self.sinks.alarm(alarm.title, alarm.text, level=alarm.level, window=state.window)
         return is_best
-
-    def _size(self) -> int:
-        """Images in the window in hand."""
-        within = self.state.window % self.built.length.per_epoch
-        size = self.built.recipe.batch.size
-        return min(size, len(self.built.splits.train) - within * size)
 
 
 def _claim(run: RunFolder, resume: bool | str) -> bool:
@@ -345,5 +344,5 @@ def _stats(
         window=state.window, step=state.step, epoch=state.window / length.per_epoch, loss=result.losses["loss"],
         losses=losses, grad_norm=result.grad_norm, grad_norms=result.grad_norms, lr=lr, num_images=result.num_images,
         num_boxes=result.num_boxes, seconds=seconds + wait_seconds, wait_seconds=wait_seconds, accepted=accepted,
-        extra=counts, facts=result.facts,
+        extra=counts, facts=result.facts, num_dropped=state.dropped,
     )  # fmt: skip

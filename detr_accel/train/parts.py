@@ -124,6 +124,12 @@ def measure(recipe: Recipe, num_images: int) -> Length:
     return Length(per_epoch, data.total_windows(recipe, num_images))
 
 
+def window_size(parts: Parts, window: int) -> int:
+    """Images of a window over all processes, as planned."""
+    within, size = window % parts.length.per_epoch, parts.recipe.batch.size
+    return min(size, len(parts.splits.train) - within * size)
+
+
 def schedule_of(recipe: Recipe, length: Length) -> Callable[[int], float]:
     s = recipe.schedule
     return lr_schedule(

@@ -99,7 +99,7 @@ def over(
     try:
         with torch.inference_mode(), accelerator.autocast():
             for batch in batches:
-                if isinstance(batch, Batch):
+                if isinstance(batch, Batch) and len(batch):
                     moved = batch.to(accelerator.device, non_blocking=True)
                     found.add(model(moved.images, moved.mask), batch)
     except Exception as error:  # the others wait in result: reach it first

@@ -11,7 +11,7 @@ from torch import nn
 
 from detr_accel import data, evaluate, models
 from detr_accel.structures import Batch, Detections, UserError
-from detr_accel.train import set_loss
+from detr_accel.train import lost_images, set_loss
 from detr_accel.train.checkpoint import State
 from detr_accel.train.parts import Parts, plateau_factor
 from detr_accel.train.patience import Patience
@@ -34,6 +34,7 @@ class Validation:
         self.truth = splits.val.ground_truth()
         count = min(recipe.evaluate.panel_images, len(self.source)) if recipe.log.wandb.enabled else 0
         self.aborted = False
+        self.named: set[int] = set()  # images that could not be read, once told
         self.numbers: dict[str, float] = {}  # of the last evaluation, beside its metrics: losses
         self.panel = [i * len(self.source) // count for i in range(count)]
         every = max(1, round(recipe.evaluate.every_epochs * self.length.per_epoch)) * recipe.batch.size
@@ -52,6 +53,9 @@ class Validation:
             self.aborted = True
             return False
         metrics, losses = found
+        told = lost_images.words(metrics.lost.items(), self.named)
+        if told:
+            self.sinks.alarm("Unreadable validation images", f"{told}; left out of the evaluation", window=state.window)
         extra = {f"val/{name}": value for name, value in losses.items()}
         extra |= {f"val/train_{name}": value for name, value in self._train_loss().items() if name == "loss"}
         if beside is not None:
@@ -108,9 +112,8 @@ class Validation:
     def _train_loss(self) -> dict[str, float]:
         if not len(self.trained):
             return {}
-        return set_loss.over(
-            self._batches(self.trained, keep_faults=True), self.model.eval(), self.criterion, self.accelerator
-        )
+        batches = self._batches(self.trained, keep_faults=self.recipe.data.on_bad == "stop")
+        return set_loss.over(batches, self.model.eval(), self.criterion, self.accelerator)
 
     def _batches(self, source, **keep):
         accelerator, model = self.accelerator, self.model
@@ -171,6 +174,11 @@ class Validation:
             return []
         rows = []
         for i in self.panel:
-            sample = self.source.sample(i)
+            if self.source.image_id(i) not in kept:
+                continue
+            try:
+                sample = self.source.sample(i)
+            except UserError:  # it was there a minute ago; an evaluation is worth more than a picture
+                continue
             rows.append((sample.image, sample.boxes_xyxy_px, sample.labels, kept[sample.image_id], sample.image_id))
         return rows

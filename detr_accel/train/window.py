@@ -110,7 +110,12 @@ class WindowRunner:
         self.phases = memory.Phases(accelerator.device, on=False)  # the loop brings one that reports
 
     def run(
-        self, micro_batches: Sequence[Batch], *, all_share: bool = True, requests: Requests | None = None
+        self,
+        micro_batches: Sequence[Batch],
+        *,
+        all_share: bool = True,
+        planned: int | None = None,
+        requests: Requests | None = None,
     ) -> WindowResult:
         """Forward and backward over this process's share; gradients are summed over processes and lie in ``.grad``.
 
@@ -119,7 +124,8 @@ class WindowRunner:
 
         Args:
             micro_batches: this process's cuts of the window; may be empty.
-            all_share: every process has at least one micro-batch (needed to reduce during backward).
+            all_share: every process has at least one micro-batch (needed to reduce during backward),
+            planned: unless fewer images than these are there over all processes.
             requests: what this process asks of all.
         """
         requests = requests or Requests()
@@ -130,6 +136,8 @@ class WindowRunner:
         if self.overlap and (failure or requests.broken):  # the others enter backward's reductions and cannot be told
             raise Lonely(failure or "memory ran out inside the optimizer's step; go on with --resume")
         overlap = self.overlap and all_share
+        if overlap and planned is not None:  # a device read, of this mode only
+            overlap = int(total[2]) == planned
         share = _Share(failure=failure)
         if failure is None and not requests.broken:
             self._compute(micro_batches, self.criterion.normalisers(total[:3]), overlap, share, requests)

@@ -22,8 +22,8 @@ def windows(recipe_for):
     recipe = recipe_for(shapes=SHAPES)
     source = data.build(recipe).train
 
-    def make(rank=0, num_ranks=1, micro=8, start=0, end=5, workers=0, source=source):
-        changed = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": workers})})
+    def make(rank=0, num_ranks=1, micro=8, start=0, end=5, workers=0, source=source, **more):
+        changed = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": workers, **more})})
         return data.train_windows(
             changed, source, rank=rank, num_ranks=num_ranks, start_window=start, end_window=end, mean=MEAN, std=STD,
             micro=micro,
@@ -150,9 +150,32 @@ def bug():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_record_surfaces_as_its_sentence(windows, workers):
     with pytest.raises(UserError) as caught:
-        list(windows(workers=workers, micro=2, source=Broken(windows.source, refuse)))
+        list(windows(workers=workers, micro=2, source=Broken(windows.source, refuse), on_bad="stop"))
     assert str(caught.value) == "record 7 is broken"
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.law8
+@pytest.mark.parametrize("pixels", ["workers", "device"])
+@pytest.mark.parametrize(("workers", "num_ranks", "micro"), [(0, 1, 8), (2, 1, 2), (1, 1, 1), (0, 2, 3)])
+def test_an_unreadable_image_leaves_its_place_empty_and_changes_nothing_else(
+    windows, workers, num_ranks, micro, pixels
+):
+    """Place, geometry, canvas and pixels of the others, bit for bit; a micro-batch that loses all is empty."""
+    source, found, lost, empty = Broken(windows.source, refuse), {}, [], 0
+    for rank in range(num_ranks):
+        for window in windows(rank, num_ranks, micro, workers=workers, source=source, pixels=pixels):
+            kept, gone = data.without_lost(window)
+            assert all(len(b) for b in kept) and (micro > 1 or len(kept) == len(window) - len(gone))
+            empty += len(window) - len(kept)
+            lost += [(window[0].window, *one) for one in gone]
+            found |= rows([[b.to("cpu") for b in kept]])
+    whole = rows([[b.to("cpu") for b in window] for window in windows(pixels=pixels)])
+    missing = [key for key, (_, _, t, _) in whole.items() if t.image_id == windows.source.image_id(7)]
+    assert [key[0] for key in sorted(missing)] == sorted(window for window, *_ in lost) and len(missing) == 2
+    assert {(i, why) for _, i, why in lost} == {(windows.source.image_id(7), "record 7 is broken")}
+    assert_same(found, {key: row for key, row in whole.items() if key not in missing})
+    assert empty == (2 if micro == 1 else 0)
 
 
 def test_a_killed_worker_is_one_sentence(windows):

@@ -61,10 +61,10 @@ def nan_loss():
 def worker_dies():
     plain = loader.make_batch
 
-    def make_batch(source, task, *more):
+    def make_batch(source, task, *more, **options):
         if torch.utils.data.get_worker_info() is not None:
             os.kill(os.getpid(), signal.SIGKILL)
-        return plain(source, task, *more)
+        return plain(source, task, *more, **options)
 
     loader.make_batch = make_batch
 

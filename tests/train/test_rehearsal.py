@@ -204,7 +204,8 @@ def test_a_forgotten_launcher_config(place):
 
 def test_a_missing_image(dirty, capsys):
     (dirty / "train" / "train-3.png").unlink()
-    refused(rehearse(capsys, *COCO), "data: ", "1 of 12 images are not in", "'train-3.png'", "put them there")
+    found = rehearse(capsys, *COCO)
+    refused(found, "data: ", "1 of 12 training images cannot be read", "train-3.png", "put whole files in their places")
 
 
 @pytest.mark.parametrize("split, words", [("train", "cannot be decoded"), ("val", "validation images cannot be read")])
@@ -222,7 +223,7 @@ def test_boxes_in_another_format(dirty, capsys):
 
     change(dirty / "annotations/instances_train.json", corners)
     found = rehearse(capsys, *COCO)
-    refused(found, "data: ", "instances_train.json", "leave their image", "none does when read as [x1, y1, x2, y2]")
+    refused(found, "data: ", "instances_train.json", "the boxes look like [x1, y1, x2, y2]", "leave their images")
 
 
 def test_classes_that_do_not_match(dirty, capsys):

@@ -1,0 +1,134 @@
+"""One image file, looked at as closely as can be; many of them in worker processes."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from detr_accel.data.decode import read_rgb
+from detr_accel.structures import UserError
+
+_ORIENTATION = 0x0112
+_MODES = {
+    "CMYK": "CMYK", "P": "palette", "PA": "palette with alpha", "RGBA": "alpha", "LA": "grey with alpha", "1": "1 bit",
+    "F": "floating-point pixels", "I": "32 bits", "YCbCr": "YCbCr", "LAB": "Lab", "HSV": "HSV",
+}  # fmt: skip
+_ENDINGS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "MPO": (".jpg", ".jpeg", ".mpo"), "PNG": (".png",), "GIF": (".gif",),
+    "BMP": (".bmp", ".dib"), "WEBP": (".webp",), "TIFF": (".tif", ".tiff"), "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+}  # fmt: skip
+_CHUNK = 16
+
+
+class FileFacts(NamedTuple):
+    """What a file is."""
+
+    fault: str = ""  # the kind of dirt that keeps training from reading it as it is
+    why: str = ""
+    stored_px: tuple[int, int] = (0, 0)  # (h, w)
+    orientation: int = 0  # EXIF; 1 is upright, 0 unknown
+    mode: str = ""  # in words, where it is odd
+    format: str = ""
+    misnamed: bool = False
+    blank: bool = False
+    digest: bytes = b""  # of the pixels; empty where there are none
+
+
+def look_at(path: str, size_px: tuple[int, int]) -> FileFacts:
+    """
+    Args:
+        size_px: (h, w) in the record.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            header = _header(path)
+        except Exception:  # the decoder below says what is wrong
+            header = FileFacts()
+        try:
+            image, fault, why = read_rgb(path, size_px), "", ""
+        except UserError as error:
+            image, fault, why = None, "image.unreadable", str(error)
+            if not os.path.lexists(path):
+                fault = "image.missing"
+            elif "its record says" in why:
+                image, fault = _scaled(path, size_px)
+                why = why if fault else ""
+        except MemoryError:
+            image, fault, why = None, "image.unreadable", f"image {path} does not fit into memory"
+    if image is None:
+        return header._replace(fault=fault, why=why)
+    digest = hashlib.blake2b(repr(image.shape).encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(image).data)
+    return header._replace(fault=fault, why=why, blank=bool(np.ptp(image) == 0), digest=digest.digest())
+
+
+def _scaled(path: str, size_px: tuple[int, int]) -> tuple[np.ndarray | None, str]:
+    try:
+        return read_rgb(path, size_px, scale=True), "image.scaled"
+    except UserError:
+        pass
+    try:
+        return read_rgb(path, None), "image.other_size"
+    except UserError:
+        return None, "image.unreadable"
+
+
+def _header(path: str) -> FileFacts:
+    with Image.open(path) as picture:
+        form = picture.format or ""
+        mode = _MODES.get(picture.mode, "16 bits" if picture.mode.startswith("I;") else "")
+        if picture.mode == "P" and "transparency" in picture.info:
+            mode = "palette with alpha"
+        ending = os.path.splitext(path)[1].lower()
+        known = {e for endings in _ENDINGS.values() for e in endings}
+        misnamed = form in _ENDINGS and ending in known and ending not in _ENDINGS[form]
+        orientation = picture.getexif().get(_ORIENTATION, 0)
+        orientation = orientation if isinstance(orientation, int) else 0
+        return FileFacts("", "", (picture.height, picture.width), orientation, mode, form, misnamed)
+
+
+def _start() -> None:
+    """Ctrl-C is the parent's to answer."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def look_at_all(files: Sequence[tuple[str, tuple[int, int]]], workers: int) -> Iterator[FileFacts]:
+    """Every file, in order.
+
+    Args:
+        files: path, and (h, w) in its record.
+        workers: processes; 0 works here.
+    Raises:
+        UserError: from ``next``: a worker was ended from outside.
+    """
+    if workers == 0 or len(files) <= _CHUNK:
+        yield from (look_at(*file) for file in files)
+        return
+    context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
+    with ProcessPoolExecutor(workers, context, _start) as pool:
+        try:
+            yield from pool.map(_one, files, chunksize=_CHUNK)
+        except BrokenProcessPool:
+            raise UserError(
+                "a process that reads the images was ended from outside, most often for lack of memory: check with "
+                "--workers 1, or look for the largest files"
+            ) from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _one(file: tuple[str, tuple[int, int]]) -> FileFacts:
+    return look_at(*file)

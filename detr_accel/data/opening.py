@@ -1,0 +1,119 @@
+"""A COCO json opened as a source, one json cut into two splits, and what there is to say about them at the start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from detr_accel.data import coco_json, layout
+from detr_accel.data import source as seeds
+from detr_accel.data.coco import CocoSource, classes_like, classes_of
+from detr_accel.data.dirt import Dirt
+from detr_accel.data.settle import settle
+from detr_accel.data.source import Source
+from detr_accel.structures import Classes, UserError
+
+DESCRIBED = ("box.flat", "box.outside", "box.cut")  # in a source's own line
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Both splits, and what to tell and to keep about them."""
+
+    train: Source
+    val: Source
+    found: list[str]  # lines for the console
+    split_json: dict | None = None  # the image ids of each split, where one json was cut in two
+
+
+def explicit(root: Path, path: str | None) -> Path | None:
+    if path is None:
+        return None
+    full = root / Path(path).expanduser()
+    if not full.exists():
+        raise UserError(f"{full} does not exist (from {path!r} in the recipe)")
+    return full
+
+
+def open_split(
+    json_path: Path, root: Path, split: str, images: Path | None, dirt: Dirt, like: Classes | None = None
+) -> CocoSource:
+    table = coco_json.read(json_path, dirt)
+    folders = [images] if images is not None else layout.image_folders(json_path, root, split)
+    folder, paths = layout.locate(json_path, table.file_names, folders, dirt)
+    table, paths = settle(table, folder, paths, dirt)
+    classes = classes_of(table) if like is None else classes_like(like, table)
+    return CocoSource(table, folder, paths, classes, scale=dirt.policy == "mend")
+
+
+def draw_split(source: CocoSource, val_fraction: float, seed: int) -> dict:
+    """A function of the seed and the set of image ids, whatever their order in the file."""
+    ids = np.sort(source.table.image_ids)
+    if len(ids) < 2:
+        raise UserError(f"{source.table.path} lists one image: a training and a validation split need two")
+    num_val = min(max(1, round(len(ids) * val_fraction)), len(ids) - 1)
+    order = seeds.generator(seed, seeds.SPLIT).permutation(len(ids))
+    parts = {"train": ids[np.sort(order[num_val:])], "val": ids[np.sort(order[:num_val])]}
+    return {"seed": seed, "val_fraction": val_fraction, **{name: part.tolist() for name, part in parts.items()}}
+
+
+def cut(source: CocoSource, split_json: dict) -> Splits:
+    row_of = {image_id: row for row, image_id in enumerate(source.table.image_ids.tolist())}
+    gone = [i for name in ("train", "val") for i in split_json[name] if i not in row_of]
+    if gone:
+        raise UserError(f"{source.table.path} no longer has image {gone[0]} of the saved split ({len(gone)} are gone)")
+    train, val = (source.subset(sorted(row_of[i] for i in split_json[name])) for name in ("train", "val"))
+    check_targets(train)
+    new = len(row_of) - len(train) - len(val)
+    lines = [
+        f"data: one json, cut by seed {split_json['seed']} into train and val (the split is saved with the run)",
+        line("train", train), line("val", val), *unused(train), *no_boxes(val),
+    ]  # fmt: skip
+    if new:
+        lines.append(f"data: {new} images came after the split was saved; they are in neither part")
+    return Splits(train, val, lines, split_json)
+
+
+def line(split: str, source: CocoSource) -> str:
+    return f"data: {split}: {describe(source)}"
+
+
+def describe(source: Source) -> str:
+    """Which images these are, in one line."""
+    if isinstance(source, CocoSource):
+        return f"{source.describe()}; {source.table.path}, images in {source.folder}"
+    return f"{len(source)} procedural shapes"
+
+
+def unused(train: CocoSource) -> list[str]:
+    used = set(np.unique(train.table.category_ids).tolist())
+    names = [n for c, n in train.table.categories.items() if c not in used]
+    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return [f"data: {len(names)} classes have no box in the training json: {shown}"] if names else []
+
+
+def check_targets(train: CocoSource) -> None:
+    """
+    Raises:
+        UserError: not one box to learn from.
+    """
+    if train.num_targets() == 0:
+        raise UserError(
+            f"{train.table.path}: no image of the training split has a box that could be learned from "
+            f"({train.describe()}): add annotations, or set data.train_annotations to the right json"
+        )
+
+
+def no_boxes(val: CocoSource) -> list[str]:
+    if val.num_targets():
+        return []
+    return [f"data: warning: the validation split has no boxes ({val.table.path}), so its metrics will be empty"]
+
+
+def shared_files(train: CocoSource, val: CocoSource) -> list[str]:
+    if train.folder != val.folder:
+        return []
+    num = len({train.name(i) for i in range(len(train))} & {val.name(i) for i in range(len(val))})
+    return [f"data: warning: {num} images are in both splits, so the validation figures will flatter"] if num else []

@@ -1,0 +1,204 @@
+"""A table and its files brought together: doubled records, missing sizes, odd boxes.
+
+Legend: I images, A annotations of one json.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from detr_accel.data.coco import clip, reach_out
+from detr_accel.data.coco_json import Strings, Table
+from detr_accel.data.decode import header_size, size_fault
+from detr_accel.data.dirt import EXAMPLES, Dirt
+from detr_accel.structures import UserError
+
+LOOKED_AT = 500  # files whose size is compared with their record's before training
+FEWEST, LEAVING, FITS = 20, 0.3, 0.99  # when boxes are in another format: so many; shares that leave, that then fit
+
+
+def settle(table: Table, folder: Path, paths: Strings, dirt: Dirt) -> tuple[Table, Strings]:
+    """Join, complete, leave out; count the boxes that are no targets.
+
+    Args:
+        paths: each image's file relative to the folder, "" where it is not there.
+    Returns:
+        the images that stay, with sizes; and their files.
+    Raises:
+        UserError: nothing is left, boxes are in another format, or the policy is to stop.
+    """
+    target = np.arange(len(table))
+    sizes = table.sizes_px.copy()
+    _join_doubles(table, paths, target, sizes, dirt)
+    for row in np.flatnonzero((sizes == 0).any(1) & (target == np.arange(len(table)))):
+        try:
+            sizes[row] = header_size(f"{folder}/{paths[row] or table.file_names[row]}")
+        except UserError as error:
+            dirt.note("image.no_size", f"{table.path}: image id {table.image_ids[row]}: {error}")
+            target[row] = -1
+    table = replace(table, sizes_px=sizes)
+    if (target != np.arange(len(table))).any():
+        table, paths = regroup(table, target), Strings([paths[i] for i in _stay(target)])
+    if len(table) == 0:
+        raise UserError(f"{table.path}: none of its images can be used: {next(iter(dirt.examples.values()))[0]}")
+    table = replace(table, again=_again(table))
+    _count_boxes(table, dirt)
+    _look_at_sizes(table, folder, paths, dirt)
+    return table, paths
+
+
+def _look_at_sizes(table: Table, folder: Path, paths: Strings, dirt: Dirt) -> None:
+    """Sizes of some files against their records: a folder that was resized shows at once, and the headers of 100,000
+    files are not read. Decoding looks at each; ``check-data`` tells of all."""
+    looked = range(0, len(table), -(-len(table) // LOOKED_AT))
+    found: dict[str, list[tuple[int, str]]] = {}
+    for row in looked:
+        if paths[row]:
+            kind, text = size_fault(f"{folder}/{paths[row]}", tuple(table.sizes_px[row].tolist()))
+            if kind:
+                found.setdefault(kind, []).append((row, text))
+    for kind, rows in found.items():
+        places = [(table.file_names[row], None) for row, _ in rows]
+        texts = [f"{text} ({len(looked)} of {len(table)} files looked at)" for _, text in rows[:EXAMPLES]]
+        dirt.note(kind, f"{table.path}: {rows[0][1]}", len(rows), texts, places)
+
+
+def _stay(target: np.ndarray) -> np.ndarray:
+    return np.flatnonzero(target == np.arange(len(target)))
+
+
+def _join_doubles(table: Table, paths: Strings, target: np.ndarray, sizes: np.ndarray, dirt: Dirt) -> None:
+    """Records of one file become the first of them, where they speak of one size."""
+    first: dict[str, int] = {}
+    for row in range(len(table)):
+        path = paths[row]
+        if not path:
+            continue
+        start = first.setdefault(path, row)
+        if start == row:
+            continue
+        text = (
+            f"{table.path}: images[{start}] ({table.file_names[start]!r}) and images[{row}] "
+            f"({table.file_names[row]!r}) are the same file {path}: keep one record for each image"
+        )
+        known = (sizes[start] > 0).all(), (sizes[row] > 0).all()
+        if all(known) and (sizes[start] != sizes[row]).any():
+            dirt.note("image.file_conflict", text, places=[(table.file_names[row], None)])
+            target[[start, row]] = -1
+        elif dirt.note("image.file_twice", text):
+            target[row] = start
+            sizes[start] = sizes[row] if known[1] else sizes[start]
+        else:
+            target[[start, row]] = -1
+    for row in np.flatnonzero(target >= 0):  # joined to one that a third record has taken away
+        target[row] = -1 if target[target[row]] < 0 else target[row]
+
+
+def regroup(table: Table, target: np.ndarray) -> Table:
+    """Images joined or left out, with their annotations.
+
+    Args:
+        target: int64 [I]: itself where an image stays, the one that its annotations go to, or -1.
+    """
+    stay = _stay(target)
+    place = np.full(len(table) + 1, -1)  # the last one: of those that are left out
+    place[stay] = np.arange(len(stay))
+    row = place[target[np.repeat(np.arange(len(table)), np.diff(table.offsets))]]
+    pick = np.flatnonzero(row >= 0)
+    pick = pick[np.argsort(row[pick], kind="stable")]
+    counts = np.bincount(row[pick], minlength=len(stay))
+    return replace(
+        table, image_ids=table.image_ids[stay], file_names=Strings([table.file_names[i] for i in stay]),
+        sizes_px=table.sizes_px[stay], offsets=np.concatenate(([0], np.cumsum(counts))).astype(np.int64),
+        annotation_ids=table.annotation_ids[pick], category_ids=table.category_ids[pick],
+        boxes_xywh_px=table.boxes_xywh_px[pick], areas_px=table.areas_px[pick], crowd=table.crowd[pick],
+        again=table.again[pick],
+    )  # fmt: skip
+
+
+def _rows(table: Table) -> np.ndarray:
+    """The image of each annotation, int64 [A]."""
+    return np.repeat(np.arange(len(table)), np.diff(table.offsets))
+
+
+def _again(table: Table) -> np.ndarray:
+    """bool [A]: there is an equal one before it; crowd regions aside."""
+    label = np.searchsorted(np.array(list(table.categories), np.int64), table.category_ids)
+    keys = (_rows(table), table.crowd, label, *table.boxes_xywh_px.T)
+    order = np.lexsort(keys)  # stable: of equal ones the first stays in front
+    equal = np.logical_and.reduce([key[order][1:] == key[order][:-1] for key in keys])
+    again = np.zeros(len(order), bool)
+    again[order[1:]] = equal
+    return again & ~table.crowd
+
+
+def _count_boxes(table: Table, dirt: Dirt) -> None:
+    rows = _rows(table)
+    sizes = table.sizes_px[rows]
+    format_, text = other_format(table.boxes_xywh_px[~table.crowd], sizes[~table.crowd])
+    if format_:
+        dirt.note("box.format", f"{table.path}: {text}", int((~table.crowd).sum()), [text])
+    boxes = table.boxes_xywh_px
+    _, keep = clip(boxes, sizes)
+    inverted = (boxes[:, 2:] < 0).any(1)
+    flat = ~inverted & (boxes[:, 2:] == 0).any(1)
+    kinds = {
+        "box.inverted": inverted, "box.flat": flat, "box.outside": ~keep & ~inverted & ~flat,
+        "box.twice": table.again, "box.cut": keep & reach_out(boxes, sizes),
+    }  # fmt: skip
+    for kind, found in kinds.items():
+        found = np.flatnonzero(found & ~table.crowd)
+        shown = [_where(table, rows[a], a) for a in found[:EXAMPLES]]
+        if shown:
+            places = [(table.file_names[rows[a]], tuple(boxes[a].tolist())) for a in found[:EXAMPLES]]
+            dirt.note(kind, f"{shown[0]}: mend or remove it", len(found), shown, places)
+
+
+def _where(table: Table, row: int, annotation: int) -> str:
+    box = ", ".join(f"{v:g}" for v in table.boxes_xywh_px[annotation])
+    h, w = table.sizes_px[row]
+    name, number = table.file_names[row], table.annotation_ids[annotation]
+    return f"{table.path}: annotation {number} of {name!r} ({w}x{h}): bbox [{box}]"
+
+
+def other_format(boxes_px: np.ndarray, sizes_px: np.ndarray) -> tuple[str, str]:
+    """Whether boxes are not [x, y, width, height] in pixels, and what they are; empty where they are, or nobody can
+    tell.
+
+    Args:
+        boxes_px: float64 [N, 4], as written.
+        sizes_px: [N, 2], (h, w) of each one's image.
+    """
+    boxes, (h, w) = boxes_px.T.astype(np.float64), sizes_px.T.astype(np.float64)
+    if boxes.shape[1] < FEWEST:
+        return "", ""
+    if 0 < boxes.max() <= 1.5 and min(h.min(), w.min()) > 16:
+        return "fractions", f"the boxes look like fractions of their images (none is above {boxes.max():g}): {_MEND}"
+    with np.errstate(over="ignore", invalid="ignore"):
+        leaving = 1 - _inside(boxes[0], boxes[1], boxes[0] + boxes[2], boxes[1] + boxes[3], h, w)
+        if leaving < LEAVING:
+            return "", ""
+        for name, read in READINGS.items():
+            left, top, right, bottom = read(*boxes)
+            if _inside(left, top, right, bottom, h, w) >= FITS:
+                share = f"{100 * leaving:.0f} % of them leave their images"
+                return name, f"the boxes look like {name} ({share} when read as [x, y, width, height]): {_MEND}"
+    return "", ""
+
+
+_MEND = "export them as [x, y, width, height] in pixels"
+READINGS = {
+    "[x1, y1, x2, y2]": lambda a, b, c, d: (a, b, c, d),
+    "[centre x, centre y, width, height]": lambda a, b, c, d: (a - c / 2, b - d / 2, a + c / 2, b + d / 2),
+    "[y, x, height, width]": lambda a, b, c, d: (b, a, b + d, a + c),
+}
+
+
+def _inside(left, top, right, bottom, h: np.ndarray, w: np.ndarray) -> float:
+    """Share of the boxes that have an area and lie in their images, a little over the border allowed."""
+    over_w, over_h = np.maximum(2, 0.05 * w), np.maximum(2, 0.05 * h)
+    inside = (left >= -over_w) & (top >= -over_h) & (right <= w + over_w) & (bottom <= h + over_h)
+    return float((inside & (right > left) & (bottom > top)).mean())
