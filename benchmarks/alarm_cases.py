@@ -207,6 +207,8 @@ def run(name: str, case: Case, place: Path, weights: Path | None, start: Path | 
     except UserError as error:
         refused = str(error)
     folder = place / "runs" / name
+    if refused and not (folder / "alarms.jsonl").exists():  # before the first window
+        return result(case, [], refused) | {"seconds": round(time.perf_counter() - begun, 1)}
     rows = lines(folder / "alarms.jsonl")
     shutil.copy(folder / "checkpoints" / "last" / "state.json", folder / "state.json")
     shutil.rmtree(folder / "checkpoints")
@@ -242,6 +244,8 @@ def verdict(row: dict) -> str:
     titles = [alarm["title"] for alarm in row["alarms"]]
     if row["expected"] is None:
         return "silent" if not titles else "FALSE ALARM"
+    if row["refused"] and not titles and "boxes look like" in row["refused"]:
+        return "refused"  # in words, when the data are read: better than any alarm
     return "spoke" if row["expected"] in titles else "MISSED"
 
 
