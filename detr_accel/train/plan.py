@@ -226,7 +226,7 @@ class _Planner:
             yield _set(recipe, _CHECKPOINTING, list(everything)), precision, _on(everything)
         if precision == "no":
             yield recipe, "bf16", "precision=bf16"
-        if recipe.evaluate.batch > 1:
+        if recipe.evaluate.batch > 1 and self._peaks(recipe, 1, precision).moment == "evaluation":
             yield _set(recipe, _EVALUATED, 1), precision, f"{_EVALUATED}=1"
         size = max(32, recipe.data.augment.max_size * 3 // 4 // 32 * 32)
         if size < recipe.data.augment.max_size:

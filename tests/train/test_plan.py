@@ -293,3 +293,10 @@ def test_a_run_logs_memory_by_phase_beside_the_plan(tmp_path, capsys, monkeypatc
     assert evaluated and all(0.1 < r["memory/evaluation_gib"] for r in evaluated)
     assert "memory/" not in (run / "metrics.jsonl").read_text()
     assert capsys.readouterr().out.count("memory: the plan is ") == 1
+
+
+def test_an_evaluation_that_is_too_much_is_named_and_nothing_of_the_training():
+    recipe = recipes.load(recipes.folder() / "shapes.yaml", ["device=cpu", "evaluate.batch=512"])
+    found = plan.plan(recipe, plan.parse_memory("1600MiB"), levers=False)
+    assert found.fits and found.settings == ["evaluate.batch=256"]
+    assert found.recipe.model.activation_checkpointing == [] and found.peaks.moment == "evaluation"
