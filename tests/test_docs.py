@@ -5,7 +5,6 @@ detector appended, and a small folder in COCO's layout stands for COCO: the test
 """
 
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -14,9 +13,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
-
-from detr_accel.data.shapes import ShapesSource
 
 _spec = importlib.util.spec_from_file_location("runs", Path(__file__).parent / "integration" / "runs.py")
 runs = importlib.util.module_from_spec(_spec)
@@ -48,19 +44,6 @@ def commands(path: Path) -> list[str]:
     return [line for line in lines if line]
 
 
-def coco_folder(folder: Path, num_train: int = 9, num_val: int = 4) -> None:
-    """A small COCO folder of shapes, written as files."""
-    (folder / "annotations").mkdir(parents=True)
-    for split, number in (("train", num_train), ("val", num_val)):
-        source = ShapesSource(1, split, number, 64)
-        truth = source.ground_truth()
-        (folder / split).mkdir()
-        for i, record in enumerate(truth["images"]):
-            record["file_name"] = f"{i}.jpg"
-            Image.fromarray(source.sample(i).image).save(folder / split / record["file_name"])
-        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(truth))
-
-
 @pytest.fixture
 def place(tmp_path):
     """A copy of the checkout's top level, with the data sets that the texts speak of."""
@@ -68,8 +51,8 @@ def place(tmp_path):
     for name in ("train.py", "accelerate_config.yaml", "recipes"):
         source = ROOT / name
         shutil.copytree(source, folder / name) if source.is_dir() else shutil.copy(source, folder / name)
-    coco_folder(folder / "mine")
-    coco_folder(folder / "other-folder")
+    runs.coco_folder(folder / "mine")
+    runs.coco_folder(folder / "other-folder")
     shutil.copytree(folder / "mine" / "val", folder / "photos")
     bin_folder = folder / "bin"
     bin_folder.mkdir()

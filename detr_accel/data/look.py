@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from detr_accel.boxes import cxcywh_to_xyxy
+from detr_accel.data.box_formats import READINGS, inside
 from detr_accel.data.coco import CocoSource
 from detr_accel.data.source import Source
 from detr_accel.structures import Batch
 
 LEAVING = 0.1  # a larger share of boxes that leave their images is no sloppy border any more
 FITS = 0.98  # least share of boxes that another reading must put inside its image
-SLACK = 0.05  # of an image's side, and at least 2 pixels: annotators draw over the border
 
 
 @dataclass(frozen=True)
@@ -53,33 +53,21 @@ def box_format(boxes_px: np.ndarray, sizes_px: np.ndarray) -> Finding | None:
             f"all {len(boxes_px)} boxes lie between 0 and {boxes_px.max():.3g}: fractions of the image, not pixels",
             "multiply them by the image's width and height", bad=True,
         )  # fmt: skip
-    outside = 1 - _inside(b[0], b[1], b[0] + b[2], b[1] + b[3], h, w)
+    outside = 1 - inside(b[0], b[1], b[0] + b[2], b[1] + b[3], h, w).mean()
     if outside == 0:
         return None
     number = round(outside * len(boxes_px))
     text = f"{number} of {len(boxes_px)} boxes leave their image when read as [x, y, width, height]"
     if outside <= LEAVING:
         return Finding(text)
-    for name, reading in _READINGS.items():
+    for name, reading in READINGS.items():
         left, top, right, bottom = reading(*b)
-        if _inside(left, top, right, bottom, h, w) >= FITS and ((right >= left) & (bottom >= top)).mean() >= FITS:
+        if inside(left, top, right, bottom, h, w).mean() >= FITS and ((right >= left) & (bottom >= top)).mean() >= FITS:
             return Finding(f"{text}, and none does when read as {name}", _MEND, bad=True)
     return Finding(text, "check the boxes' format and whether the images were resized", bad=True)
 
 
 _MEND = "export the json in COCO's format [x, y, width, height]"
-_READINGS = {  # other formats that people export -> left, top, right, bottom
-    "[x1, y1, x2, y2]": lambda a, b, c, d: (a, b, c, d),
-    "[centre x, centre y, width, height]": lambda a, b, c, d: (a - c / 2, b - d / 2, a + c / 2, b + d / 2),
-    "[y, x, height, width]": lambda a, b, c, d: (b, a, b + d, a + c),
-}
-
-
-def _inside(left, top, right, bottom, h: np.ndarray, w: np.ndarray) -> float:
-    """Share of the boxes inside their images, a little over the border allowed."""
-    over_w, over_h = np.maximum(2, SLACK * w), np.maximum(2, SLACK * h)
-    inside = (left >= -over_w) & (top >= -over_h) & (right <= w + over_w) & (bottom <= h + over_h)
-    return float(inside.mean())
 
 
 def classes(train: Source, val: Source) -> list[Finding]:

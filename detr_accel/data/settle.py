@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from detr_accel.data.box_formats import READINGS, inside
 from detr_accel.data.coco import clip, reach_out
 from detr_accel.data.coco_json import Strings, Table
 from detr_accel.data.decode import header_size, size_fault
@@ -190,15 +191,8 @@ def other_format(boxes_px: np.ndarray, sizes_px: np.ndarray) -> tuple[str, str]:
 
 
 _MEND = "export them as [x, y, width, height] in pixels"
-READINGS = {
-    "[x1, y1, x2, y2]": lambda a, b, c, d: (a, b, c, d),
-    "[centre x, centre y, width, height]": lambda a, b, c, d: (a - c / 2, b - d / 2, a + c / 2, b + d / 2),
-    "[y, x, height, width]": lambda a, b, c, d: (b, a, b + d, a + c),
-}
 
 
 def _inside(left, top, right, bottom, h: np.ndarray, w: np.ndarray) -> float:
-    """Share of the boxes that have an area and lie in their images, a little over the border allowed."""
-    over_w, over_h = np.maximum(2, 0.05 * w), np.maximum(2, 0.05 * h)
-    inside = (left >= -over_w) & (top >= -over_h) & (right <= w + over_w) & (bottom <= h + over_h)
-    return float((inside & (right > left) & (bottom > top)).mean())
+    """Share of the boxes that have an area and lie in their images."""
+    return float((inside(left, top, right, bottom, h, w) & (right > left) & (bottom > top)).mean())

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 
 from detr_accel import data, models, monitor
 from detr_accel import recipe as recipes
+from detr_accel.monitor.alarms import Alarm
 from detr_accel.recipe import Recipe
 from detr_accel.structures import Batch, StepStats, UserError
 from detr_accel.train import launch, memory_fit, parts, plan, resuming, validation
@@ -227,8 +228,11 @@ class _Turn:
             return
         if stats.window % self.built.recipe.log.every == 0:
             stats.memory_fraction = monitor.memory.taken_fraction(self.built.accelerator.device)
-        for alarm in self.alarms.judge(stats):
-            self.sinks.alarm(alarm.title, alarm.text, level=alarm.level, window=stats.window)
+        self._speak(self.alarms.judge(stats))
+
+    def _speak(self, alarms: list[Alarm]) -> None:
+        for alarm in alarms:
+            self.sinks.alarm(alarm.title, alarm.text, level=alarm.level, window=self.state.window)
 
     def after(self, result: WindowResult) -> bool:
         """Evaluation, checkpoint and stop, where they are due; returns whether to go on."""
@@ -277,10 +281,8 @@ class _Turn:
         state = self.state
         is_best = self.validate(state, self.stop)
         if self.alarms is not None and not self.validate.aborted:
-            for alarm in self.alarms.evaluated(
-                state.window, state.window / self.built.length.per_epoch, self.validate.numbers
-            ):
-                self.sinks.alarm(alarm.title, alarm.text, level=alarm.level, window=state.window)
+            epoch = state.window / self.built.length.per_epoch
+            self._speak(self.alarms.evaluated(state.window, epoch, self.validate.numbers))
         return is_best
 
 

@@ -168,7 +168,7 @@ class _Trial:
         before = memory.start_peak(self.device)
         try:
             for _ in range(2):  # the second time gradients are already there, as in a window of several parts
-                _forward_backward(self.parts, self._batch(micro))
+                _forward_backward(self.parts, worst_batch(self.canvas_px, self.most_boxes, micro))
             return max(1, memory.peak_bytes(self.device) - before)
         except Exception as error:
             if not is_out_of_memory(error):
@@ -178,16 +178,24 @@ class _Trial:
             self.parts.runner.discard()
             release(self.device)
 
-    def _batch(self, micro: int) -> Batch:
-        height, width = self.canvas_px
-        gen = torch.Generator().manual_seed(0)
-        targets = []
-        for i in range(micro):
-            labels = torch.zeros(self.most_boxes, dtype=torch.int64)
-            boxes = torch.rand(self.most_boxes, 4, generator=gen) * 0.4 + 0.3
-            targets.append(Targets(i, labels, boxes, self.canvas_px, self.canvas_px))
-        images = torch.randn(micro, 3, height, width, generator=gen)
-        return Batch(images, torch.zeros(micro, height, width, dtype=torch.bool), targets, tuple(range(micro)))
+
+def worst_batch(canvas_px: tuple[int, int], most_boxes: int, count: int) -> Batch:
+    """Noise of the size and with the boxes of the most demanding window (``data.worst_window``).
+
+    Args:
+        canvas_px: (h, w).
+        most_boxes: in each image.
+        count: images.
+    """
+    height, width = canvas_px
+    gen = torch.Generator().manual_seed(0)
+    targets = []
+    for i in range(count):
+        labels = torch.zeros(most_boxes, dtype=torch.int64)
+        boxes = torch.rand(most_boxes, 4, generator=gen) * 0.4 + 0.3
+        targets.append(Targets(i, labels, boxes, canvas_px, canvas_px))
+    images = torch.randn(count, 3, height, width, generator=gen)
+    return Batch(images, torch.zeros(count, height, width, dtype=torch.bool), targets, tuple(range(count)))
 
 
 def _forward_backward(parts: Parts, batch: Batch) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -90,19 +92,22 @@ _FULL, _FIRST, _LAST = 1, 2, 4
 
 
 def offline_rows(run: Path) -> int:
-    """How many rows were logged into the offline W&B file below a run folder, as a reader of the file finds them."""
+    """How many rows were logged into the offline W&B files below a run folder, as a reader of them finds them."""
+    files = run.glob("wandb/offline-run-*/run-*.wandb")
+    return sum(record.WhichOneof("record_type") == "history" for path in files for record in offline_records(path))
+
+
+def offline_records(path: Path) -> Iterator[Any]:
+    """All records of one offline W&B file."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    rows = 0
-    for path in run.glob("wandb/offline-run-*/run-*.wandb"):
-        raw, part, at = path.read_bytes(), b"", _HEADER
-        while at + _HEADER <= len(raw):
-            if _BLOCK - at % _BLOCK < _HEADER:  # a header is never split: the rest of the block is padding
-                at += _BLOCK - at % _BLOCK
-                continue
-            _, length, kind = struct.unpack("<IHB", raw[at : at + _HEADER])
-            part = (b"" if kind in (_FULL, _FIRST) else part) + raw[at + _HEADER : at + _HEADER + length]
-            at += _HEADER + length
-            if kind in (_FULL, _LAST):
-                rows += Record.FromString(part).WhichOneof("record_type") == "history"
-    return rows
+    raw, part, at = path.read_bytes(), b"", _HEADER
+    while at + _HEADER <= len(raw):
+        if _BLOCK - at % _BLOCK < _HEADER:  # a header is never split: the rest of the block is padding
+            at += _BLOCK - at % _BLOCK
+            continue
+        _, length, kind = struct.unpack("<IHB", raw[at : at + _HEADER])
+        part = (b"" if kind in (_FULL, _FIRST) else part) + raw[at + _HEADER : at + _HEADER + length]
+        at += _HEADER + length
+        if kind in (_FULL, _LAST):
+            yield Record.FromString(part)

@@ -25,7 +25,7 @@ from detr_accel.monitor import memory
 from detr_accel.monitor.jsonl import JsonLines
 from detr_accel.monitor.sinks import Silent
 from detr_accel.recipe import Recipe
-from detr_accel.structures import Batch, Targets, UserError
+from detr_accel.structures import UserError
 from detr_accel.train import (
     checkpoint,
     launch,
@@ -192,7 +192,8 @@ def _memory(built: Parts, state: State) -> str:
     state.micro = min(state.micro, share)
     parts.batch_arithmetic(recipe.batch.size, state.micro, accelerator.num_processes, len(built.splits.train))
     parts.prepare(built)
-    window = [_worst_batch(built, state.micro) for _ in range(min(2, -(-share // state.micro)))]
+    worst = data.worst_window(built.recipe, built.splits.train)
+    window = [memory_fit.worst_batch(*worst, state.micro) for _ in range(min(2, -(-share // state.micro)))]
     before = None if accelerator.scaler is None else accelerator.scaler.state_dict()
     memory.start_peak(accelerator.device)
     result = built.runner.run(window)
@@ -222,15 +223,6 @@ def _would_fit(built: Parts, micro: int | str) -> str:
         return "; not even one image fits with activation checkpointing on everything"
     also = f" with model.activation_checkpointing=[{','.join(step)}]" if step else ""
     return f"; batch.micro={fits}{also} fits, and gives the same result"
-
-
-def _worst_batch(built: Parts, count: int) -> Batch:
-    (height, width), boxes = data.worst_window(built.recipe, built.splits.train)
-    side = torch.linspace(0.1, 0.4, boxes)[:, None].expand(-1, 4) + torch.tensor([0.2, 0.2, 0.0, 0.0])
-    targets = [Targets(i, torch.zeros(boxes, dtype=torch.int64), side, (height, width), (height, width))
-               for i in range(count)]  # fmt: skip
-    images = torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(0))
-    return Batch(images, torch.zeros(count, height, width, dtype=torch.bool), targets, tuple(range(count)))
 
 
 def _forget_step(built: Parts, scaler: dict | None) -> None:

@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from PIL import Image
+
+from detr_accel.data.shapes import ShapesSource
+
 ROOT = Path(__file__).parents[2]
 # a detector small enough to train a few windows in seconds
 TINY = [
@@ -19,6 +23,21 @@ TINY = [
     "checkpoint.every_epochs=1", "evaluate.batch=2", "ema.enabled=true",
     "log.wandb.enabled=false",
 ]  # fmt: skip
+
+
+def coco_folder(
+    folder: Path, num_train: int = 9, num_val: int = 4, name: str = "{number}.jpg", empty_fraction: float = 0.05
+) -> None:
+    """A small COCO folder of shapes, written as files called ``name``."""
+    (folder / "annotations").mkdir(parents=True)
+    for split, count in (("train", num_train), ("val", num_val)):
+        source = ShapesSource(1, split, count, 64, empty_fraction=empty_fraction)
+        truth = source.ground_truth()
+        (folder / split).mkdir()
+        for number, record in enumerate(truth["images"]):
+            record["file_name"] = name.format(split=split, number=number)
+            Image.fromarray(source.sample(number).image).save(folder / split / record["file_name"])
+        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(truth))
 
 
 def launch(folder: Path, *arguments: str, processes: int = 1, launcher: list[str] | None = None, timeout: int = 280):

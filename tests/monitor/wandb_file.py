@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
-BLOCK, HEADER = 32768, 7  # LevelDB's log format; the file's own 7-byte header counts in the first block
-FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+from detr_accel.train.rehearsal_compare import offline_records
 
 
 def records(run_folder: Path) -> list[Any]:
     """All records of the one offline run below a folder."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
     (path,) = run_folder.glob("wandb/offline-run-*/run-*.wandb")
-    data, found, part, at = path.read_bytes(), [], b"", 7
-    while at + HEADER <= len(data):
-        if BLOCK - at % BLOCK < HEADER:  # a header is never split: the rest of the block is padding
-            at += BLOCK - at % BLOCK
-            continue
-        _, length, kind = struct.unpack("<IHB", data[at : at + HEADER])
-        part = (b"" if kind in (FULL, FIRST) else part) + data[at + HEADER : at + HEADER + length]
-        at += HEADER + length
-        if kind in (FULL, LAST):
-            found.append(Record.FromString(part))
-    return found
+    return list(offline_records(path))
 
 
 def of_kind(found: list[Any], kind: str) -> list[Any]:

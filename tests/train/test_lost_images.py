@@ -30,13 +30,13 @@ def load(path: Path):
 
 
 inject, injected = (load(Path(__file__).with_name(f"{n}.py")) for n in ("injecting", "injected"))
-runs, docs = load(TESTS / "integration/runs.py"), load(TESTS / "test_docs.py")
+runs = load(TESTS / "integration/runs.py")
 PLAIN = "schedule: {epochs: 3, kind: constant}\ncheckpoint: {every_steps: 1, keep: 99}\n"
 
 
 @pytest.fixture
 def folder(tmp_path):
-    docs.coco_folder(tmp_path / "mine", num_train=11, num_val=4)
+    runs.coco_folder(tmp_path / "mine", num_train=11, num_val=4)
     return tmp_path / "mine"
 
 

@@ -15,7 +15,6 @@ from PIL import Image
 from detr_accel import cli, data
 from detr_accel import recipe as recipes
 from detr_accel.data import look
-from detr_accel.data.shapes import ShapesSource
 from detr_accel.structures import Detections
 from detr_accel.train import rehearsal_overfit, rehearsal_process
 from detr_accel.train.rehearsal_process import Child, Starter, Trouble
@@ -32,15 +31,7 @@ SHAPES = ["--recipe", str(ROOT / "recipes/shapes.yaml"), *runs.TINY, "device=cpu
 def coco(tmp_path_factory) -> Path:
     """A small COCO folder of shapes, written as files."""
     folder = tmp_path_factory.mktemp("coco") / "data"
-    (folder / "annotations").mkdir(parents=True)
-    for split, number in (("train", 12), ("val", 5)):
-        source = ShapesSource(1, split, number, 64, empty_fraction=0.0)
-        truth = source.ground_truth()
-        (folder / split).mkdir()
-        for i, record in enumerate(truth["images"]):
-            record["file_name"] = f"{split}-{i}.png"
-            Image.fromarray(source.sample(i).image).save(folder / split / record["file_name"])
-        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(truth))
+    runs.coco_folder(folder, 12, 5, "{split}-{number}.png", empty_fraction=0.0)
     return folder
 
 
