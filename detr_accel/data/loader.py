@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import atexit
 import functools
+import os
 import signal
+import sys
+import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import connection
 
 import torch
@@ -23,6 +26,7 @@ _MOST_LIKELY = (
     "give more with --shm-size)"
 )
 _GRACE_SECONDS = 30
+_ORPHAN_SECONDS = 1.0
 
 
 class _Tasks(Dataset):
@@ -58,6 +62,16 @@ def start_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
+    sys.excepthook = functools.partial(_unless_orphaned, os.getppid(), sys.excepthook)
+
+
+def _unless_orphaned(parent: int, hook: Callable, *error) -> None:
+    """A training process killed while a batch changes hands is told of by others, not by a traceback from here."""
+    until = time.monotonic() + _ORPHAN_SECONDS
+    while os.getppid() == parent:  # its sockets close a little before the system counts it as gone
+        if time.monotonic() > until:
+            return hook(*error)
+        time.sleep(0.02)
 
 
 _open_streams: weakref.WeakSet = weakref.WeakSet()

@@ -69,7 +69,10 @@ def _has_key() -> bool:
         return True
     import wandb
 
+    ours = "WANDB_SERVICE" not in os.environ
     settings = wandb.setup().settings
+    if ours:
+        wandb.teardown()  # else every process started from here would write through the service that this one keeps
     if settings.api_key:
         return True
     places = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
@@ -115,7 +118,7 @@ def tracker_kwargs(
     settings = wandb.Settings(**{key: value for key, value in wanted.items() if key in known})
     init: dict[str, Any] = {
         "name": name,
-        "dir": str(folder),
+        "dir": str(folder.resolve()),  # a service that a parent started, a sweep's for one, stands in another folder
         "mode": mode,
         "entity": entity,
         "group": group or name,
@@ -221,7 +224,8 @@ def _start(accelerator: Any, arguments: dict[str, Any]) -> str:
     run = accelerator.get_tracker("wandb", unwrap=True)
     if init["mode"] == "online":
         return f"W&B: {run.url}"
-    where = f"{init['dir']}/wandb/{Path(run.dir).parent.name}"
+    where = Path(init["dir"]) / "wandb" / Path(run.dir).parent.name
+    where = where.relative_to(Path.cwd()) if where.is_relative_to(Path.cwd()) else where
     return f"W&B: offline, in {where}; `wandb sync {where}` sends it"
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from detr_accel import data
+from detr_accel.data import loader
 from detr_accel.structures import UserError
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -244,6 +245,15 @@ def test_workers_do_not_outlive_the_training_process(how):
     while any(os.path.exists(f"/proc/{p}") and _state(p) != "Z" for p in pids) and time.monotonic() - begun < 25:
         time.sleep(0.2)
     assert time.monotonic() - begun < 20  # PyTorch's workers look for their parent every five seconds
+
+
+def test_a_worker_tells_its_own_errors_and_not_that_its_training_process_was_killed():
+    said = []
+    hook = lambda *error: said.append(error[0])  # noqa: E731
+    loader._unless_orphaned(os.getppid() + 1, hook, ConnectionResetError, ConnectionResetError(), None)
+    assert not said, "orphaned"
+    loader._unless_orphaned(os.getppid(), hook, ConnectionResetError, ConnectionResetError(), None)
+    assert said == [ConnectionResetError]
 
 
 def _state(pid: int) -> str:

@@ -201,6 +201,24 @@ def test_auto_goes_online_exactly_with_a_key(no_key, tmp_path):
     assert decide_mode("auto") == "online"
 
 
+def test_looking_for_a_key_leaves_no_service_to_the_processes_started_from_here(no_key):
+    no_key.delenv("WANDB_SERVICE", raising=False)
+    assert decide_mode("auto") == "offline" and "WANDB_SERVICE" not in os.environ
+
+
+def test_a_service_that_a_parent_started_elsewhere_still_writes_to_the_run_folder(tmp_path):
+    here = tmp_path / "here"
+    here.mkdir()
+    child = [sys.executable, str(SCRIPT), "runs/small", "30", "0"]
+    parent = f"import subprocess, wandb; wandb.setup(); subprocess.run({child}, cwd={str(here)!r}, check=True)"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
+    env.pop("WANDB_SERVICE", None)
+    done = subprocess.run([sys.executable, "-c", parent], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "wandb sync runs/small/wandb/offline-run" in done.stdout
+    assert len(wf.history(wf.records(here / "runs" / "small"))) == 8
+
+
 def test_the_environment_beats_the_recipe(no_key):
     no_key.setenv("WANDB_API_KEY", "x" * 40)
     for value, mode in (("offline", "offline"), ("dryrun", "offline"), ("disabled", "disabled"), ("online", "online")):
