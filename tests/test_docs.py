@@ -7,18 +7,21 @@ detector appended, and a small folder in COCO's layout stands for COCO: the test
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 _spec = importlib.util.spec_from_file_location("runs", Path(__file__).parent / "integration" / "runs.py")
 runs = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(runs)
 ROOT = runs.ROOT
 
+LAUNCHER = Path(__file__).with_name("launch_here.py")
 TEXTS = [
     "README.md", "docs/own-data.md", "docs/nan.md", "docs/not-learning.md", "docs/out-of-memory.md", "docs/resume.md",
     "docs/overfitting.md", "docs/speed.md", "docs/rehearsal.md", "docs/augmentation.md",
@@ -44,8 +47,11 @@ def commands(path: Path) -> list[str]:
     return [line for line in lines if line]
 
 
+REAL = ("README.md", "docs/rehearsal.md")  # through `accelerate launch` itself; the others start warm
+
+
 @pytest.fixture
-def place(tmp_path):
+def place(tmp_path, name):
     """A copy of the checkout's top level, with the data sets that the texts speak of."""
     folder = tmp_path
     for name in ("train.py", "accelerate_config.yaml", "recipes"):
@@ -56,9 +62,11 @@ def place(tmp_path):
     shutil.copytree(folder / "mine" / "val", folder / "photos")
     bin_folder = folder / "bin"
     bin_folder.mkdir()
-    for name, module in (("accelerate", "accelerate.commands.accelerate_cli"), ("detr-accel", "detr_accel.cli")):
-        script = bin_folder / name
-        script.write_text(f"#!/bin/sh\nexec '{sys.executable}' -m {module} \"$@\"\n")
+    python = [sys.executable] if name in REAL else warm.python()
+    launcher = ["-m", "accelerate.commands.accelerate_cli"] if name in REAL else [str(LAUNCHER)]
+    for program, module in (("accelerate", launcher), ("detr-accel", ["-m", "detr_accel.cli"])):
+        script = bin_folder / program
+        script.write_text(f"#!/bin/sh\nexec {shlex.join([*python, *module])} \"$@\"\n")
         script.chmod(0o755)
     return folder
 
