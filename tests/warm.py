@@ -71,7 +71,7 @@ def address() -> str:
         )  # fmt: skip
         assert process.stdout.readline() == b"ready\n"
         _server = process, f"{folder}/s"
-        atexit.register(_close, process, folder)
+        atexit.register(_close, process)
     return _server[1]
 
 
@@ -111,10 +111,9 @@ def _ask(talk: socket.socket, request: dict, out: int, err: int) -> None:
     talk.sendall(raw)
 
 
-def _close(server: subprocess.Popen, folder: str) -> None:
+def _close(server: subprocess.Popen) -> None:
     server.stdin.close()
     server.wait()
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 # --- the server
@@ -129,7 +128,8 @@ def _serve(path: str):
     keepers: list[int] = []
     while True:
         ready, _, _ = select.select([listener, 0], [], [])
-        if 0 in ready:  # the test process is gone
+        if 0 in ready:  # the test process is gone, or was killed
+            shutil.rmtree(Path(path).parent, ignore_errors=True)
             os._exit(0)
         talk, _ = listener.accept()
         keeper = os.fork()
