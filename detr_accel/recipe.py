@@ -12,20 +12,14 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+from detr_accel.recipe_parts import Fraction, Hub, Positive, Section, Text, no_stream
 from detr_accel.structures import UserError
 
-Positive = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Text = Annotated[str, Field(min_length=1)]
 Watched = Literal["AP", "AP50", "AP75", "AR100", "loss"]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, protected_namespaces=())
 
 
 class Shapes(Section):
@@ -78,10 +72,13 @@ class Augment(Section):
 class Data(Section):
     """Where the images are and how they are read."""
 
-    format: Literal["coco", "shapes"] = "coco"
-    """``coco``: a folder with images and annotation json. ``shapes``: made on the fly, nothing to download."""
+    format: Literal["coco", "hub", "shapes"] = "coco"
+    """``coco``: a folder with images and annotation json. ``hub``: a Hugging Face data set, on the Hub or on disk.
+    ``shapes``: made on the fly, nothing to download."""
     root: Text | None = None
     """Folder of the data set. The usual layouts are found without being told."""
+    hub: Hub = Hub()
+    """A Hugging Face data set."""
     train_images: Text | None = None
     """Image folder of the training split, absolute or relative to root; found by itself when left out."""
     train_annotations: Text | None = None
@@ -91,7 +88,7 @@ class Data(Section):
     val_annotations: Text | None = None
     """As train_annotations, for the validation split."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of the images kept for validation when there is a single json; the split is drawn by seed and saved."""
+    """Share of the images kept for validation when there is a single json or split; drawn by seed and saved."""
     workers: Annotated[int, Field(ge=0, le=256)] = 2
     """Loader processes per training process. 0 reads in the training process itself."""
     prefetch: Positive = 2
@@ -422,12 +419,28 @@ class Recipe(Section):
         backbone = self.model.backbone
         if self.data.format == "coco" and self.data.root is None and self.data.train_annotations is None:
             raise ValueError("data.root is not set: give the folder of the data set, for example data.root=/data/coco")
+        if self.data.format == "hub" and (self.data.root is None) == (self.data.hub.name is None):
+            raise ValueError("set one of data.hub.name (a set on the Hub) and data.root (a folder or .parquet file)")
+        if self.data.format == "hub" and self.data.hub.streaming:
+            self._can_stream()
         if backbone.weights == "none" and self.model.init_from is None and backbone.norm == "frozen":
             raise ValueError(
                 "model.backbone.norm is frozen while model.backbone.weights is none: frozen statistics on random "
                 "weights destroy the signal; use norm: live (or auto)"
             )
         return self
+
+    def _can_stream(self) -> None:
+        refusal = no_stream(
+            {
+                "data.group_by_shape": self.data.group_by_shape,
+                "batch.micro: auto": self.batch.micro == "auto",
+                "model.activation_checkpointing: auto": self.model.activation_checkpointing == "auto",
+                "evaluate.train_images": self.evaluate.train_images not in (0, "auto"),
+            }
+        )
+        if refusal is not None:
+            raise ValueError(refusal)
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from detr_accel.data import coco_json, layout, loader
+from detr_accel.data import coco_json, hub, layout, loader, stream
 from detr_accel.data import source as seeds
 from detr_accel.data.coco import CocoSource, classes_like, classes_of
 from detr_accel.data.device import PlannedBatch, ahead
@@ -19,13 +19,16 @@ from detr_accel.data.loader import worker_death
 from detr_accel.data.sampler import EvalTasks, TrainTasks, shapes_of, share, windows_per_epoch
 from detr_accel.data.shapes import ShapesSource
 from detr_accel.data.source import Source, Subset
+from detr_accel.data.stream import StreamSource, StreamTasks
 from detr_accel.recipe import Recipe
 from detr_accel.structures import Batch, Classes, UserError
 
 __all__ = [
-    "ImageFiles", "PlannedBatch", "Source", "Splits", "Subset", "build", "describe", "eval_batches", "eval_source",
-    "share", "train_windows", "windows_per_epoch", "worker_death", "worst_window",
+    "ImageFiles", "PlannedBatch", "Source", "Splits", "StreamSource", "Subset", "build", "describe", "eval_batches",
+    "eval_source", "share", "train_windows", "who_reads_what", "windows_per_epoch", "worker_death", "worst_window",
 ]  # fmt: skip
+
+_TASKS_AHEAD = 16  # micro-batches of a stream, encoded
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,49 @@ def _build_coco(recipe: Recipe, split_json: dict | None) -> Splits:
     return Splits(train, val, lines)
 
 
-_FORMATS = {"coco": _build_coco, "shapes": _build_shapes}
+def _build_hub(recipe: Recipe, split_json: dict | None) -> Splits:
+    h, where, columns = recipe.data.hub, _where(recipe), _columns(recipe)
+    splits = hub.load(where, h.streaming)
+    train_name, val_name = hub.split_names(splits, h.train_split, h.val_split, where)
+    if h.streaming:
+        return _build_stream(recipe, splits[train_name], train_name, val_name)
+    train = hub.open_split(splits[train_name], columns, f"{where}, split {train_name}")
+    odd = hub.reaches_out(train, h.box_format)
+    if val_name is None:
+        cut = _cut(train, split_json or _draw_split(train, recipe.data.val_fraction, recipe.seed))
+        return replace(cut, found=[*cut.found, *odd])
+    val = hub.open_split(splits[val_name], columns, f"{where}, split {val_name}", train.classes)
+    _check_targets(train)
+    lines = [_line("train", train), _line("val", val), *odd, *_unused(train), *_no_boxes(val)]
+    return Splits(train, val, lines)
+
+
+def _build_stream(recipe: Recipe, dataset, train_name: str, val_name: str | None) -> Splits:
+    h, where = recipe.data.hub, _where(recipe)
+    if val_name is None:
+        raise UserError(
+            f"{where} has the single split {train_name!r}, and a stream cannot be cut in two: set data.hub.val_split, "
+            "or data.hub.streaming=false"
+        )
+    train = stream.open_stream(
+        dataset, _columns(recipe), stream.parquet_rows(hub.files(where, train_name)), h.length or
+        hub.told_length(dataset, train_name), h.block, h.lanes, f"{where}, split {train_name}",
+    )  # fmt: skip
+    val = hub.open_split(hub.load_one(where, val_name), _columns(recipe), f"{where}, split {val_name}", train.classes)
+    return Splits(train, val, [_line("train", train), _line("val", val), *_no_boxes(val)])
+
+
+def _where(recipe: Recipe) -> hub.Where:
+    h, root = recipe.data.hub, recipe.data.root
+    return hub.Where(h.name or str(Path(root or ".").expanduser()), h.config, h.revision)
+
+
+def _columns(recipe: Recipe) -> hub.Columns:
+    h = recipe.data.hub
+    return hub.Columns(h.image, h.objects, h.box, h.category, h.box_format, tuple(h.class_names))
+
+
+_FORMATS = {"coco": _build_coco, "hub": _build_hub, "shapes": _build_shapes}
 
 
 def _explicit(root: Path, path: str | None) -> Path | None:
@@ -121,8 +166,9 @@ def _cut(source: CocoSource, split_json: dict) -> Splits:
     train, val = (source.subset(sorted(row_of[i] for i in split_json[name])) for name in ("train", "val"))
     _check_targets(train)
     new = len(row_of) - len(train) - len(val)
+    whole = "split" if isinstance(source, hub.HubSource) else "json"
     lines = [
-        f"data: one json, cut by seed {split_json['seed']} into train and val (the split is saved with the run)",
+        f"data: one {whole}, cut by seed {split_json['seed']} into train and val (the split is saved with the run)",
         _line("train", train), _line("val", val), *_unused(train), *_no_boxes(val),
     ]  # fmt: skip
     if new:
@@ -136,6 +182,10 @@ def _line(split: str, source: CocoSource) -> str:
 
 def describe(source: Source) -> str:
     """Which images these are, in one line."""
+    if isinstance(source, StreamSource):
+        return source.describe()
+    if isinstance(source, hub.HubSource):
+        return f"{source.describe()}; {source.table.path}"
     if isinstance(source, CocoSource):
         return f"{source.describe()}; {source.table.path}, images in {source.folder}"
     return f"{len(source)} procedural shapes"
@@ -145,7 +195,7 @@ def _unused(train: CocoSource) -> list[str]:
     used = set(np.unique(train.table.category_ids).tolist())
     names = [n for c, n in train.table.categories.items() if c not in used]
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    return [f"data: {len(names)} classes have no box in the training json: {shown}"] if names else []
+    return [f"data: {len(names)} classes have no box in the training split: {shown}"] if names else []
 
 
 def _check_targets(train: CocoSource) -> None:
@@ -156,7 +206,7 @@ def _check_targets(train: CocoSource) -> None:
     if train.num_targets() == 0:
         raise UserError(
             f"{train.table.path}: no image of the training split has a box that could be learned from "
-            f"({train.describe()}): add annotations, or set data.train_annotations to the right json"
+            f"({train.describe()}): add annotations, or set data.train_annotations (data.hub.train_split) anew"
         )
 
 
@@ -191,6 +241,8 @@ def eval_source(
     if folder is None and (recipe.data.format != "coco" or wanted in ("train", "val")):
         if recipe.data.format == "shapes":
             return _shapes(recipe, wanted)
+        if recipe.data.format == "hub" and (wanted == "test" or recipe.data.hub.streaming):
+            return _hub_split(recipe, wanted)
         return getattr(build(recipe, split_json), wanted)
     root = Path(folder if folder is not None else recipe.data.root or ".").expanduser()
     found = layout.find_jsons(root)
@@ -201,6 +253,17 @@ def eval_source(
         there = ", ".join(s or "one that names no split" for s in found)
         raise UserError(f"{root} has no json for the split {wanted!r}, it has: {there}; choose with --split")
     return _open(path, root, wanted, None)
+
+
+def _hub_split(recipe: Recipe, wanted: str) -> Source:
+    """A split whole: one that no training uses, or one of a set that is streamed in training."""
+    h, where, columns = recipe.data.hub, _where(recipe), _columns(recipe)
+    splits = hub.load(where)
+    train_name, val_name = hub.split_names(splits, h.train_split, h.val_split, where)
+    name = {"train": train_name, "val": val_name}.get(wanted, wanted)
+    if name not in splits:
+        raise UserError(f"{where} has no split {wanted!r} ({', '.join(splits)}); choose with --split")
+    return hub.open_split(splits[name], columns, f"{where}, split {name}")
 
 
 def train_windows(
@@ -230,14 +293,23 @@ def train_windows(
         UserError: from ``next``: a record is broken, or a worker was ended from outside.
     """
     size, micro = recipe.batch.size, recipe.batch.micro if micro is None else micro
-    tasks = TrainTasks(
-        source, _policy(recipe), size, micro, recipe.seed, rank, num_ranks, start_window, end_window,
-        shapes_of(source) if recipe.data.group_by_shape else None,
-    )  # fmt: skip
+    place = (_policy(recipe), size, micro, recipe.seed, rank, num_ranks, start_window, end_window)
+    if isinstance(source, StreamSource):
+        tasks = StreamTasks(source, *place)
+        ordered = stream.Ahead(tasks, _TASKS_AHEAD)
+    else:
+        ordered = tasks = TrainTasks(source, *place, shapes_of(source) if recipe.data.group_by_shape else None)
     device = torch.device(device)
     there = recipe.data.pixels == "device" or (recipe.data.pixels == "auto" and device.type == "cuda")
-    stream = loader.batches(source, tasks, **_loading(recipe, mean, std), on_device=there)
-    return ahead(loader.windows(stream, tasks), device)
+    batches = loader.batches(source, ordered, **_loading(recipe, mean, std), on_device=there)
+    return ahead(loader.windows(batches, tasks), device)
+
+
+def who_reads_what(source: Source, num_ranks: int) -> list[str]:
+    """What to say about a stream that several processes read."""
+    if num_ranks == 1 or not isinstance(source, StreamSource):
+        return []
+    return [stream.sharing(source, num_ranks)]
 
 
 def worst_window(recipe: Recipe, source: Source) -> tuple[tuple[int, int], int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ class CocoSource:
         self._rows = np.arange(len(table)) if rows is None else np.asarray(rows, np.int64)
         self._sizes = table.sizes_px.copy()
         for row in self._rows[(self._sizes[self._rows] == 0).any(1)]:
-            self._sizes[row] = header_size(f"{self.folder}/{paths[row]}")
+            self._sizes[row] = self._header_size(row)
         ids = np.array(list(table.categories), np.int64)
         label_of = np.array([classes.label_of[c] for c in table.categories], np.int64)
         self._labels = label_of[np.searchsorted(ids, table.category_ids)]
@@ -54,17 +55,23 @@ class CocoSource:
     def sample(self, index: int, at_least_px: tuple[int, int] | None = None) -> Sample:
         size_px = self.size_px(index)
         try:
-            image = read_rgb(f"{self.folder}/{self._paths[self._rows[index]]}", size_px, at_least_px)
+            image = self._read(self._rows[index], size_px, at_least_px)
         except UserError as error:
             raise UserError(f"{self.table.path}: image id {self.image_id(index)}: {error}") from None
         boxes, labels = self._targets(self._rows[index], size_px)
         return Sample(image, self.image_id(index), boxes, labels)
 
+    def _header_size(self, row: int) -> tuple[int, int]:
+        return header_size(f"{self.folder}/{self._paths[row]}")
+
+    def _read(self, row: int, size_px: tuple[int, int], at_least_px: tuple[int, int] | None) -> np.ndarray:
+        return read_rgb(f"{self.folder}/{self._paths[row]}", size_px, at_least_px)
+
     def _targets(self, row: int, size_px: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """DETR's order: crowd out, corners, clip to the image, keep what has width and height."""
         of_image = np.arange(self.table.offsets[row], self.table.offsets[row + 1])
         of_image = of_image[~self.table.crowd[of_image]]
-        boxes, keep = _clip(self.table.boxes_xywh_px[of_image], np.array(size_px))
+        boxes, keep = clip(self.table.boxes_xywh_px[of_image], np.array(size_px))
         return boxes[keep], self._labels[of_image[keep]]
 
     def ground_truth(self) -> dict:
@@ -104,7 +111,9 @@ class CocoSource:
 
     def subset(self, rows: Sequence[int] | np.ndarray) -> CocoSource:
         """Other images of the same json; the arrays are shared."""
-        return CocoSource(self.table, Path(self.folder), self._paths, self.classes, np.asarray(rows, np.int64))
+        other = copy.copy(self)
+        other._rows = np.asarray(rows, np.int64)
+        return other
 
     def describe(self) -> str:
         """One line for the console: counts, and what is left out of the targets."""
@@ -134,11 +143,11 @@ class CocoSource:
         return (
             pick,
             counts,
-            _clip(self.table.boxes_xywh_px[pick], np.repeat(self._sizes[self._rows], counts, axis=0))[1],
+            clip(self.table.boxes_xywh_px[pick], np.repeat(self._sizes[self._rows], counts, axis=0))[1],
         )
 
 
-def _clip(boxes_xywh_px: np.ndarray, sizes_px: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def clip(boxes_xywh_px: np.ndarray, sizes_px: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Boxes [N, 4] and their images' (h, w), [2] or [N, 2] -> float32 xyxy in the images, and which have an area."""
     with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot hold ends at a border or is left out
         boxes = boxes_xywh_px.astype(np.float32)

@@ -7,6 +7,7 @@ a half, a quarter or an eighth of the size in less still. Everything else, and e
 
 from __future__ import annotations
 
+import io
 import struct
 from pathlib import Path
 
@@ -31,8 +32,27 @@ def header_size(path: str | Path, upright: bool = False) -> tuple[int, int]:
     return (w, h) if turned else (h, w)
 
 
+def header(path: str | Path, data: bytes | None = None) -> tuple[tuple[int, int], bool]:
+    """(h, w) in pixels as a viewer shows it, and whether it is stored otherwise (turned or mirrored).
+
+    Args:
+        data: what the file holds, where it is none on disk; ``path`` then only names it.
+    """
+    try:
+        with Image.open(path if data is None else io.BytesIO(data)) as picture:
+            h, w = picture.height, picture.width
+            told = picture.format != "PNG" or "exif" in picture.info  # Pillow would decode a PNG to look for it
+            orientation = picture.getexif().get(_ORIENTATION, 1) if told else 1
+    except _BROKEN as error:
+        raise UserError(f"image {path} cannot be read: {_reason(error)}") from None
+    return ((w, h) if orientation in (5, 6, 7, 8) else (h, w)), orientation in range(2, 9)
+
+
 def read_rgb(
-    path: str | Path, size_px: tuple[int, int] | None, at_least_px: tuple[int, int] | None = None
+    path: str | Path,
+    size_px: tuple[int, int] | None,
+    at_least_px: tuple[int, int] | None = None,
+    data: bytes | None = None,
 ) -> np.ndarray:
     """Decode one file.
 
@@ -42,16 +62,17 @@ def read_rgb(
             picture as a viewer shows it.
         at_least_px: the (h, w) that it will be resized to. A JPEG at least twice as large in both directions is decoded
             at half of its size or less, never below this.
+        data: what the file holds, where it is none on disk; ``path`` then only names it.
     Returns:
         uint8 [h, w, 3], of ``size_px`` or of a fraction of it.
     Raises:
         UserError: not an image, truncated, or of another size.
     """
-    fast = None if size_px is None else _read_jpeg(path, size_px, at_least_px)
+    fast = None if size_px is None else _read_jpeg(path, size_px, at_least_px, data)
     if fast is not None:
         return fast
     try:
-        with Image.open(path) as picture:
+        with Image.open(path if data is None else io.BytesIO(data)) as picture:
             stored = (picture.height, picture.width)
             if size_px is None or stored != size_px:
                 picture = ImageOps.exif_transpose(picture)
@@ -68,11 +89,14 @@ def read_rgb(
         raise UserError(f"image {path} cannot be decoded: {why}; replace the file or remove its record") from None
 
 
-def _read_jpeg(path: str | Path, size_px: tuple[int, int], at_least_px: tuple[int, int] | None) -> np.ndarray | None:
+def _read_jpeg(
+    path: str | Path, size_px: tuple[int, int], at_least_px: tuple[int, int] | None, data: bytes | None = None
+) -> np.ndarray | None:
     """None where Pillow should look: no ordinary JPEG of this size, or something is wrong with it."""
     try:
-        with open(path, "rb") as file:
-            data = file.read()
+        if data is None:
+            with open(path, "rb") as file:
+                data = file.read()
         if data[:3] != b"\xff\xd8\xff":
             return None
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)

@@ -76,7 +76,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, run: RunFolder, resume: boo
         splits = everywhere(accelerator, lambda: data.build(recipe, split))
         built = everywhere(accelerator, lambda: parts.build(recipe, accelerator, splits, resume=resume or bool(branch)))
         state, notes = resuming.start_or_resume(built, run, resume=resume, branch=branch)
-        notes += _fit(built, state)
+        notes += [*_fit(built, state), *data.who_reads_what(splits.train, accelerator.num_processes)]
         parts.prepare(built)
         size, num_ranks = recipe.batch.size, accelerator.num_processes
         arithmetic = parts.batch_arithmetic(size, state.micro, num_ranks, len(splits.train))

@@ -1,0 +1,238 @@
+"""Hugging Face data sets, in either layout, from parquet, folders or Arrow, are what the same COCO folder is."""
+
+import importlib.util
+import pickle
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from detr_accel import data
+from detr_accel.structures import UserError
+
+_spec = importlib.util.spec_from_file_location("hub_sets", Path(__file__).with_name("hub_sets.py"))
+hub_sets = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(hub_sets)
+
+
+@pytest.fixture
+def coco(hub_coco):
+    """A COCO folder; train has 11 images, val 6."""
+    return hub_coco(11, 6)
+
+
+NAMES = {"class_names": ["cat", "dog"]}
+KINDS = {"parquet": (hub_sets.parquet, {}), "saved": (hub_sets.saved, {}), "imagefolder": (hub_sets.imagefolder, NAMES)}
+
+
+def windows_of(recipe, source, **place):
+    given = {"rank": 0, "num_ranks": 1, "start_window": 0, "end_window": 4, "mean": (0.5,) * 3, "std": (0.2,) * 3}
+    return list(data.train_windows(recipe, source, **given | place))
+
+
+def assert_same_windows(found, wanted):
+    assert len(found) == len(wanted) > 0
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert len(mine) == len(theirs)
+        for a, b in zip(mine, theirs, strict=True):
+            assert a.images.equal(b.images) and a.mask.equal(b.mask) and a.positions == b.positions
+            for s, t in zip(a.targets, b.targets, strict=True):
+                assert s.image_id == t.image_id and s.size_px == t.size_px and s.orig_size_px == t.orig_size_px
+                assert s.labels.equal(t.labels) and s.boxes_cxcywh.equal(t.boxes_cxcywh)
+
+
+@pytest.mark.parametrize("layout", ["lists", "structs"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_set_is_the_same_coco_folder(tmp_path, coco, recipe_for, kind, layout):
+    write, hub = KINDS[kind]
+    write(coco, tmp_path / "set", layout)
+    mine = data.build(recipe_for(tmp_path / "set", format="hub", hub=hub))
+    theirs = data.build(recipe_for(coco))
+    assert mine.train.classes == theirs.train.classes and mine.val.classes == theirs.val.classes
+    for a, b in ((mine.train, theirs.train), (mine.val, theirs.val)):
+        truth, wanted = a.ground_truth(), b.ground_truth()
+        for row in (*truth["images"], *wanted["images"]):
+            del row["file_name"]
+        assert truth == wanted
+    wanted = windows_of(recipe_for(coco), theirs.train)
+    assert_same_windows(windows_of(recipe_for(coco), mine.train), wanted)
+    workers = recipe_for(coco, workers=2)
+    assert_same_windows(windows_of(workers, mine.train, start_window=1, end_window=3), wanted[1:3])
+
+
+def test_the_start_lines_say_what_was_found(tmp_path, coco, recipe_for):
+    hub_sets.parquet(coco, tmp_path / "set")
+    found = data.build(recipe_for(tmp_path / "set", format="hub")).found
+    assert "data: train: 11 images, 12 boxes, 2 classes, 3 images without boxes, 1 crowd regions" in found[0]
+    assert found[0].endswith(f"{tmp_path / 'set'}, split train") and "data: val: 6 images" in found[1]
+
+
+def test_sizes_come_from_the_headers_as_a_viewer_shows_the_picture(tmp_path, coco, recipe_for):
+    """The library turns pictures by their EXIF tag, and who drew boxes on them saw them turned."""
+    for number, orientation in ((1, 6), (2, 3)):
+        path = coco / f"train/im{number}.jpg"
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.open(path).save(path, exif=exif, quality=95)
+    hub_sets.parquet(coco, tmp_path / "set", sizes={})
+    train = data.build(recipe_for(tmp_path / "set", format="hub")).train
+    assert [train.size_px(i) for i in range(3)] == [(30, 20), (20, 30), (20, 30)]
+    for i in range(3):
+        shown = hub_sets.arrow(coco, "train", sizes={})[i]["image"].convert("RGB")
+        assert np.array_equal(train.sample(i).image, np.array(shown)), i
+
+
+@pytest.mark.parametrize("corner", ["xywh", "xyxy", "cxcywh"])
+@pytest.mark.parametrize("unit", ["px", "rel"])
+def test_boxes_come_in_the_format_that_is_said(tmp_path, coco, recipe_for, corner, unit):
+    def change(row):
+        boxes = np.array(row["objects"]["bbox"], np.float64).reshape(-1, 4)
+        if corner == "xyxy":
+            boxes[:, 2:] += boxes[:, :2]
+        elif corner == "cxcywh":
+            boxes[:, :2] += boxes[:, 2:] / 2
+        row["objects"]["bbox"] = (boxes / (30, 20, 30, 20) if unit == "rel" else boxes).tolist()
+        return row
+
+    (tmp_path / "set").mkdir()
+    for split in ("train", "val"):
+        hub_sets.arrow(coco, split).map(change).to_parquet(tmp_path / f"set/{split}.parquet")
+    hub = {"box_format": f"{corner}_{unit}"}
+    train = data.build(recipe_for(tmp_path / "set", format="hub", hub=hub)).train
+    theirs = data.build(recipe_for(coco)).train
+    for i in range(len(train)):
+        assert np.allclose(train.sample(i).boxes_xyxy_px, theirs.sample(i).boxes_xyxy_px, atol=1e-4)
+    if unit == "rel":
+        with pytest.raises(UserError, match="lies within 0..1.*set data.hub.box_format to"):
+            data.build(recipe_for(tmp_path / "set", format="hub"))
+    else:
+        with pytest.raises(UserError, match=f"asks for fractions.*set it to {corner}_px"):
+            data.build(recipe_for(tmp_path / "set", format="hub", hub={"box_format": f"{corner}_rel"}))
+
+
+def test_corners_taken_for_sizes_are_warned_of(tmp_path, coco, recipe_for):
+    def change(row):
+        row["objects"]["bbox"] = [[10, 8, 28, 18] for _ in row["objects"]["bbox"]]
+        return row
+
+    (tmp_path / "set").mkdir()
+    for split in ("train", "val"):
+        hub_sets.arrow(coco, split).map(change).to_parquet(tmp_path / f"set/{split}.parquet")
+    found = data.build(recipe_for(tmp_path / "set", format="hub")).found
+    assert any("12 of 12 boxes" in line and "data.hub.box_format=xyxy_px" in line for line in found)
+
+
+def test_one_split_is_cut_by_seed_and_the_cut_is_kept(tmp_path, coco, recipe_for):
+    hub_sets.write_rows(
+        tmp_path / "set",
+        hub_sets.records(coco, "train", "lists"),
+        hub_sets.IMAGES | hub_sets.SIZES | {"objects": hub_sets.lists_of()},
+        "all",
+    )
+    recipe = recipe_for(tmp_path / "set", format="hub")
+    splits = data.build(recipe)
+    assert len(splits.train) == 10 and len(splits.val) == 1
+    ids = sorted(splits.split_json["train"] + splits.split_json["val"])
+    assert ids == list(range(1, 12)) and "one split, cut by seed 5" in splits.found[0]
+    again = data.build(recipe, {**splits.split_json, "val": splits.split_json["val"][::-1]})
+    assert again.train.fingerprint() == splits.train.fingerprint() != again.val.fingerprint()
+
+
+def test_names_as_strings_and_columns_without_objects(tmp_path, coco, recipe_for):
+    rows = []
+    for row in hub_sets.records(coco, "train", "lists"):
+        names = [("cat", "dog")[c] for c in row["objects"]["category"]]
+        rows.append({"image": row["image"], "boxes": row["objects"]["bbox"], "labels": names})
+    kinds = {
+        "image": datasets.Image(),
+        "boxes": datasets.List(hub_sets.BOX),
+        "labels": datasets.List(datasets.Value("string")),
+    }
+    hub_sets.write_rows(tmp_path / "set", rows, kinds)
+    hub_sets.write_rows(tmp_path / "set", rows[:5], kinds, "dev")
+    splits = data.build(recipe_for(tmp_path / "set", format="hub", hub={"objects": None}))
+    assert splits.train.classes.names == splits.val.classes.names == ("cat", "dog")
+    theirs = data.build(recipe_for(coco)).train
+    for i in (0, 1, 2, 3):
+        assert splits.train.sample(i).boxes_xyxy_px.tolist() == theirs.sample(i).boxes_xyxy_px.tolist()
+        assert splits.train.sample(i).labels.tolist() == theirs.sample(i).labels.tolist()
+    named = recipe_for(tmp_path / "set", format="hub", hub={"objects": None, "class_names": ["dog", "bird", "cat"]})
+    assert data.build(named).train.sample(1).labels.tolist() == [2, 0]
+
+
+NUMBERS = {"objects": hub_sets.lists_of(datasets.Value("int64"))}
+
+
+@pytest.mark.parametrize(
+    ("hub", "told"),
+    [
+        ({}, "'category' holds numbers without names: .*data.hub.class_names="),
+        ({"class_names": ["cat"]}, r"split train, row 1: category 1 is none of the 1 classes"),
+        ({"objects": "things"}, "no column 'things' .image, image_id, objects.: set data.hub.objects"),
+        ({"image": "picture"}, "no column 'picture' .*set data.hub.image"),
+        ({"box": "corners"}, "no 'corners' .bbox, category, .*set data.hub.box"),
+        ({"train_split": "test", "val_split": "hidden"}, "no split 'hidden' .train.: set data.hub.val_split"),
+    ],
+)
+def test_what_is_not_there_is_told(tmp_path, coco, recipe_for, hub, told):
+    hub_sets.write_rows(tmp_path / "set", hub_sets.records(coco, "train", "lists"), hub_sets.IMAGES | NUMBERS)
+    with pytest.raises(UserError, match=told):
+        data.build(recipe_for(tmp_path / "set", format="hub", hub=hub))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda o: o["bbox"][0].__setitem__(2, float("nan")), r"row 1: bbox \[1.0, 2.0, nan, .* four finite"),
+        (lambda o: o["bbox"].pop(), "row 1: its objects' fields differ in length .1 bbox, 2 category"),
+        (lambda o: o["category"].__setitem__(1, None), "row 1: category None is none of the 2 classes"),
+        (lambda o: o["bbox"].__setitem__(0, None), "row 1: bbox None is not four finite numbers"),
+    ],
+)
+def test_a_broken_row_is_named(tmp_path, coco, recipe_for, change, told):
+    rows = hub_sets.records(coco, "train", "lists")
+    change(rows[1]["objects"])
+    hub_sets.write_rows(tmp_path / "set", rows, hub_sets.IMAGES | {"objects": hub_sets.lists_of()})
+    with pytest.raises(UserError, match=told):
+        data.build(recipe_for(tmp_path / "set", format="hub"))
+
+
+def test_a_row_without_objects_is_an_empty_image_and_one_without_image_is_named(tmp_path, coco, recipe_for):
+    rows = hub_sets.records(coco, "train", "lists")
+    rows[1]["objects"], rows[2]["image"] = None, None
+    hub_sets.write_rows(tmp_path / "set", rows, hub_sets.IMAGES | hub_sets.SIZES | {"objects": hub_sets.lists_of()})
+    splits = data.build(recipe_for(tmp_path / "set", format="hub"), {"seed": 5, "train": [*range(1, 11)], "val": [11]})
+    assert splits.train.sample(1).labels.tolist() == [] and splits.train.sample(3).labels.tolist() == [0]
+    with pytest.raises(UserError, match="split train, row 2 has no image"):
+        splits.train.sample(2)
+
+
+def test_a_name_that_cannot_be_reached_is_one_sentence(tmp_path, recipe_for):
+    with pytest.raises(UserError, match="the data set nobody/nothing cannot be opened: .*set data.root") as told:
+        data.build(recipe_for(None, format="hub", shapes={}, hub={"name": "nobody/nothing"}))
+    assert "\n" not in str(told.value)
+    (tmp_path / "empty").mkdir()
+    for path, why in (("empty", "cannot be opened"), ("absent", "cannot be opened"), ("a.txt", "is no .parquet")):
+        (tmp_path / "a.txt").write_text("no")
+        with pytest.raises(UserError, match=why):
+            data.build(recipe_for(tmp_path / path, format="hub"))
+
+
+def test_a_source_crosses_to_a_worker_and_back(tmp_path, coco, recipe_for):
+    hub_sets.parquet(coco, tmp_path / "set")
+    train = data.build(recipe_for(tmp_path / "set", format="hub")).train
+    copy = pickle.loads(pickle.dumps(train))
+    assert copy.fingerprint() == train.fingerprint() and np.array_equal(copy.sample(4).image, train.sample(4).image)
+
+
+def test_the_test_split_is_evaluated_on_request(tmp_path, coco, recipe_for):
+    hub_sets.parquet(coco, tmp_path / "set")
+    hub_sets.arrow(coco, "val").select(range(2)).to_parquet(tmp_path / "set/test.parquet")
+    recipe = recipe_for(tmp_path / "set", format="hub")
+    sizes = [len(data.eval_source(recipe, split=split)) for split in (None, "train", "val", "test")]
+    assert sizes == [6, 11, 6, 2]
+    (tmp_path / "set/test.parquet").unlink()
+    with pytest.raises(UserError, match="no split 'test' .train, validation.*--split"):
+        data.eval_source(recipe, split="test")
