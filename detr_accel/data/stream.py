@@ -70,6 +70,7 @@ class StreamSource:
         self.num_shards = dataset.num_shards
         self.classes = Classes(columns.class_names, tuple(range(len(columns.class_names))))
         self.lane_of = self._deal()
+        self._first = None if shard_rows is None else np.cumsum([0, *shard_rows])  # row of the set, of each shard
 
     def __len__(self) -> int:
         return self.length
@@ -86,6 +87,22 @@ class StreamSource:
     def own_lanes(self, rank: int, num_ranks: int) -> list[int] | None:
         """The lanes that this process reads; None: all of them, because they cannot be divided."""
         return list(range(rank, self.lanes, num_ranks)) if self.lanes % num_ranks == 0 else None
+
+    def names_of(self, image_ids: Iterable[int]) -> dict[int, str]:
+        """What stands for an image in messages."""
+        return {i: f"{self.name}, {self._place(i)}" for i in image_ids}
+
+    def _place(self, image_id: int) -> str:
+        if self.columns.image_ids:
+            return f"image_id {image_id}"
+        if self._first is None:
+            return f"shard {image_id >> 32}, row {image_id & (2**32 - 1)}"
+        shard = int(np.searchsorted(self._first, image_id, side="right")) - 1
+        return f"shard {shard}, row {image_id - self._first[shard]}"
+
+    def _image_id(self, shard: int, row: int) -> int:
+        """Of sets that give none."""
+        return (shard << 32) + row if self._first is None else int(self._first[shard]) + row
 
     def sample(self, index: Row, at_least_px: tuple[int, int] | None = None) -> Sample:
         """As of any source; the index is the row itself."""
@@ -161,10 +178,11 @@ class StreamSource:
         for row in order[skip:].tolist():
             at = number * self.block + row
             own = slice(ends[row] - flat.counts[row], ends[row])
-            yield self._row(flat, row, own, images[row].as_py(), f"{self.name}, shard {shard}, row {at}", at)
+            image_id = int(flat.image_ids[row]) if self.columns.image_ids else self._image_id(shard, at)
+            name = f"{self.name}, shard {shard}, row {at}"
+            yield self._row(flat, row, own, images[row].as_py(), name, image_id)
 
-    def _row(self, flat: hub_columns.Flat, row: int, own: slice, cell: Any, name: str, at: int) -> Row:
-        image_id = int(flat.image_ids[row]) if self.columns.image_ids else at
+    def _row(self, flat: hub_columns.Flat, row: int, own: slice, cell: Any, name: str, image_id: int) -> Row:
         if row in flat.faults:
             return Row(name, image_id, (1, 1), fault=flat.faults[row])
         size, turned = tuple(flat.sizes_px[row].tolist()), False
@@ -364,17 +382,17 @@ def parquet_rows(files: list[str]) -> list[int] | None:
     Args:
         files: paths or URLs, in the order of the shards.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     import fsspec
     import pyarrow.parquet as pq
 
-    if not files or not all(str(name).split("@")[-1].endswith(".parquet") for name in files):
+    if not files or not all(str(name).endswith(".parquet") for name in files):
         return None
 
     def rows(name: str) -> int:
         with fsspec.open(name, "rb") as file:
             return pq.read_metadata(file).num_rows
-
-    from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(rows, map(str, files)))

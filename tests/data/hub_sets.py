@@ -39,21 +39,21 @@ def records(coco, split: str, layout: str) -> list[dict]:
     return rows
 
 
-def arrow(coco, split: str, layout: str = "lists", sizes=SIZES) -> datasets.Dataset:
-    features = datasets.Features(IMAGES | dict(sizes) | {"objects": lists_of() if layout == "lists" else structs_of()})
+def arrow(coco, split: str, layout: str = "lists", sizes=SIZES, images=IMAGES) -> datasets.Dataset:
+    features = datasets.Features(images | sizes | {"objects": lists_of() if layout == "lists" else structs_of()})
     rows = [{k: row[k] for k in features} for row in records(coco, split, layout)]
     return datasets.Dataset.from_list(rows, features=features)
 
 
-def parquet(coco, folder, layout: str = "lists", shards: int = 2, sizes=SIZES, uneven: bool = False):
+def parquet(coco, folder, layout: str = "lists", shards: int = 2, uneven: bool = False, **columns):
     """A folder as the Hub has them; ``uneven``: shards of very different lengths."""
     folder.mkdir()
-    train = arrow(coco, "train", layout, sizes)
+    train = arrow(coco, "train", layout, **columns)
     ends = np.linspace(0, len(train) ** 0.5, shards + 1) ** 2 if uneven else np.linspace(0, len(train), shards + 1)
     ends = ends.round().astype(int).tolist()
     for s in range(shards):
         train.select(range(ends[s], ends[s + 1])).to_parquet(folder / f"train-{s:05d}-of-{shards:05d}.parquet")
-    arrow(coco, "val", layout, sizes).to_parquet(folder / "validation-00000-of-00001.parquet")
+    arrow(coco, "val", layout, **columns).to_parquet(folder / "validation-00000-of-00001.parquet")
     return folder
 
 

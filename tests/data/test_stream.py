@@ -10,7 +10,7 @@ import pytest
 
 from detr_accel import data
 from detr_accel import recipe as recipes
-from detr_accel.data import stream
+from detr_accel.data import hub_columns, stream
 from detr_accel.structures import UserError
 
 _spec = importlib.util.spec_from_file_location("hub_sets", Path(__file__).with_name("hub_sets.py"))
@@ -162,6 +162,17 @@ def test_workers_and_pixels_on_the_device_give_the_same(make):
     moved = [[b.to("cpu") for b in w] for w in windows(there, splits.train)]
     for a, b in zip(sum(moved, []), sum(wanted, []), strict=True):
         assert a.positions == b.positions and float((a.images - b.images).abs().max()) < 3.1 / 255 / 0.2
+
+
+def test_an_image_without_an_id_has_a_name_all_the_same(tmp_path, coco, make):
+    images = {"image": datasets.Image()}
+    folder = hub_sets.parquet(coco, tmp_path / "anonymous", shards=4, uneven=True, images=images)
+    known = make(folder=folder)[1].train
+    unknown = stream.open_stream(known.dataset, hub_columns.Columns(), None, NUM, 4, "auto", known.name)
+    for source in (known, unknown):
+        rows = [row for lane in range(source.lanes) for row in source.rows(5, 0, lane, 0)]
+        assert len({row.image_id for row in rows}) == NUM
+        assert source.names_of([row.image_id for row in rows]) == {row.image_id: row.name for row in rows}
 
 
 def test_a_shorter_length_leaves_the_rest_out(make):

@@ -143,7 +143,9 @@ def test_two_processes_train_the_same_images_of_a_stream_and_go_on_where_one_sto
     alone = train(recipe("alone", shapes, True, short), runs=tmp_path)
     train(recipe("half", shapes, True, "schedule: {steps: 4" + rest), runs=tmp_path)
     one = {"faults": [], "recipe": short, "set": keys(shapes, True)}
-    inject.launch(tmp_path, 2, [one | {"name": "two"}, one | {"name": "half", "resume": True}])
+    workers = one | {"set": [*one["set"], "data.workers=2"]}
+    poison = workers | {"name": "poison", "faults": [{"what": "image", "window": 3, "rank": 1}]}
+    inject.launch(tmp_path, 2, [workers | {"name": "two"}, one | {"name": "half", "resume": True}, poison])
     wanted = rows_of(alone, "data/num_boxes")
     assert len(wanted) == 6 and len(set(wanted)) > 3
     for name in ("two", "half"):
@@ -151,3 +153,6 @@ def test_two_processes_train_the_same_images_of_a_stream_and_go_on_where_one_sto
         assert rows_of(tmp_path / name, "data/num_boxes") == wanted
         losses = rows_of(tmp_path / name, "train/loss")
         assert losses[:4] == pytest.approx(rows_of(alone, "train/loss")[:4], rel=0.02)
+    alarm = json.loads((tmp_path / "poison/alarms.jsonl").read_text().splitlines()[0])["text"]
+    assert f"window 4: the predictions for image {shapes}, split train, image_id " in alarm
+    assert rows_of(tmp_path / "poison", "data/num_boxes") == wanted
