@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from detr_accel.recipe_parts import Fraction, Hub, Positive, Section, Text, no_stream
+from detr_accel.recipe_parts import NO_STREAM, Fraction, Hub, Positive, Section, Text
 from detr_accel.structures import UserError
 
 Watched = Literal["AP", "AP50", "AP75", "AR100", "loss"]
@@ -421,26 +421,15 @@ class Recipe(Section):
             raise ValueError("data.root is not set: give the folder of the data set, for example data.root=/data/coco")
         if self.data.format == "hub" and (self.data.root is None) == (self.data.hub.name is None):
             raise ValueError("set one of data.hub.name (a set on the Hub) and data.root (a folder or .parquet file)")
-        if self.data.format == "hub" and self.data.hub.streaming:
-            self._can_stream()
+        needs_all = self.data.group_by_shape or self.evaluate.train_images not in (0, "auto")
+        if self.data.format == "hub" and self.data.hub.streaming and needs_all:
+            raise ValueError(NO_STREAM)
         if backbone.weights == "none" and self.model.init_from is None and backbone.norm == "frozen":
             raise ValueError(
                 "model.backbone.norm is frozen while model.backbone.weights is none: frozen statistics on random "
                 "weights destroy the signal; use norm: live (or auto)"
             )
         return self
-
-    def _can_stream(self) -> None:
-        refusal = no_stream(
-            {
-                "data.group_by_shape": self.data.group_by_shape,
-                "batch.micro: auto": self.batch.micro == "auto",
-                "model.activation_checkpointing: auto": self.model.activation_checkpointing == "auto",
-                "evaluate.train_images": self.evaluate.train_images not in (0, "auto"),
-            }
-        )
-        if refusal is not None:
-            raise ValueError(refusal)
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:

@@ -9,6 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
+NO_STREAM = (
+    "data.group_by_shape and evaluate.train_images need to see all images first, and data.hub.streaming shows them one "
+    "by one: leave out either"
+)
 
 
 class Section(BaseModel):
@@ -60,15 +64,3 @@ class Hub(Section):
         if len(set(self.class_names)) != len(self.class_names):
             raise ValueError("class_names holds a name twice: each class has one name and one place")
         return self
-
-
-def no_stream(needs_all: dict[str, bool]) -> str | None:
-    """Why a streamed set cannot be trained so.
-
-    Args:
-        needs_all: what asks for all images before the first -> whether it is on.
-    """
-    on = [name for name, is_on in needs_all.items() if is_on]
-    if not on:
-        return None
-    return f"{', '.join(on)} needs to see all images first, and data.hub.streaming shows them one by one: change either"

@@ -313,7 +313,10 @@ def who_reads_what(source: Source, num_ranks: int) -> list[str]:
 
 
 def worst_window(recipe: Recipe, source: Source) -> tuple[tuple[int, int], int]:
-    """What the most demanding window can hold: canvas (h, w) in pixels, and boxes in one image. Nothing is decoded."""
+    """What the most demanding window can hold: canvas (h, w) in pixels, and boxes in one image. Nothing is decoded; of
+    a stream it is what the recipe allows, and as many boxes as there are queries."""
+    if isinstance(source, StreamSource):
+        return (recipe.data.augment.max_size,) * 2, recipe.model.num_queries
     sizes = (source.size_px(i) for i in range(len(source)))
     return worst_canvas(sizes, _policy(recipe)), source.most_boxes()
 

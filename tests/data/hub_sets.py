@@ -22,13 +22,19 @@ def structs_of(category=CLASSES) -> datasets.List:
     return datasets.List({"bbox": BOX, "category": category} | MORE)
 
 
+def tree_of(coco, split: str) -> dict:
+    return json.loads((coco / f"annotations/instances_{split}.json").read_text())
+
+
 def records(coco, split: str, layout: str) -> list[dict]:
     """The rows of the same set as a Hugging Face one."""
-    tree, rows = json.loads((coco / f"annotations/instances_{split}.json").read_text()), []
+    tree, rows = tree_of(coco, split), []
+    label_of = {row["id"]: label for label, row in enumerate(tree["categories"])}
     for image in tree["images"]:
         own = [a for a in tree["annotations"] if a["image_id"] == image["id"]]
         objects = [
-            {k: a[k] for k in ("id", "bbox", "area")} | {"category": a["category_id"], "iscrowd": bool(a["iscrowd"])}
+            {k: a[k] for k in ("id", "bbox", "area")}
+            | {"category": label_of[a["category_id"]], "iscrowd": bool(a["iscrowd"])}
             for a in own
         ]
         if layout == "lists":
@@ -40,7 +46,9 @@ def records(coco, split: str, layout: str) -> list[dict]:
 
 
 def arrow(coco, split: str, layout: str = "lists", sizes=SIZES, images=IMAGES) -> datasets.Dataset:
-    features = datasets.Features(images | sizes | {"objects": lists_of() if layout == "lists" else structs_of()})
+    classes = datasets.ClassLabel(names=[row["name"] for row in tree_of(coco, split)["categories"]])
+    objects = lists_of(classes) if layout == "lists" else structs_of(classes)
+    features = datasets.Features(images | sizes | {"objects": objects})
     rows = [{k: row[k] for k in features} for row in records(coco, split, layout)]
     return datasets.Dataset.from_list(rows, features=features)
 

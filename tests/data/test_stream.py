@@ -227,17 +227,22 @@ def test_what_a_stream_cannot_know_is_asked_for_in_one_sentence(tmp_path, coco, 
         make(4, lanes=9)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("data.group_by_shape", "true"), ("batch.micro", "auto"), ("model.activation_checkpointing", "auto"),
-     ("evaluate.train_images", "9")],
-)  # fmt: skip
-def test_what_needs_all_images_first_is_refused(tmp_path, key, value):
+@pytest.mark.parametrize("more", ["data.group_by_shape=true", "evaluate.train_images=9"])
+def test_what_needs_all_images_first_is_refused(tmp_path, more):
     path = tmp_path / "a.yaml"
     path.write_text("data: {format: hub, root: x, hub: {streaming: true}}\n")
     recipes.load(path)
-    with pytest.raises(UserError, match=f"{key}.*needs to see all images first"):
-        recipes.load(path, [f"{key}={value}"])
+    with pytest.raises(UserError, match=f"{more.partition('=')[0]}.*need to see all images first"):
+        recipes.load(path, [more])
+
+
+def test_memory_is_planned_for_what_the_recipe_allows(make):
+    """``batch.micro: auto`` asks for the worst window before the first image has been seen."""
+    recipe, splits = make(4)
+    (height, width), boxes = data.worst_window(recipe, splits.train)
+    assert (height, width) == (64, 64) and boxes == recipe.model.num_queries
+    for window in windows(recipe, splits.train):
+        assert all(b.images.shape[2] <= height and b.images.shape[3] <= width for b in window)
 
 
 @pytest.mark.parametrize(
