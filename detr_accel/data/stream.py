@@ -107,7 +107,7 @@ class StreamSource:
     def sample(self, index: Row, at_least_px: tuple[int, int] | None = None) -> Sample:
         """As of any source; the index is the row itself."""
         if index.fault is not None:
-            raise UserError(f"{index.name}: {index.fault}")
+            raise UserError(index.fault)
         size_px = None if index.turned else index.size_px
         image = read_rgb(index.name, size_px, at_least_px, index.data)
         return Sample(image, index.image_id, index.boxes_xyxy_px, index.labels)
@@ -184,7 +184,7 @@ class StreamSource:
 
     def _row(self, flat: hub_columns.Flat, row: int, own: slice, cell: Any, name: str, image_id: int) -> Row:
         if row in flat.faults:
-            return Row(name, image_id, (1, 1), fault=flat.faults[row])
+            return Row(name, image_id, (1, 1), fault=f"{name}: {flat.faults[row]}")
         size, turned = tuple(flat.sizes_px[row].tolist()), False
         try:
             path, data = encoded(cell, name)

@@ -162,6 +162,29 @@ def test_names_as_strings_and_columns_without_objects(tmp_path, coco, recipe_for
     assert data.build(named).train.sample(1).labels.tolist() == [2, 0]
 
 
+@pytest.mark.parametrize("kind", ["binary", "string"])
+def test_images_may_be_bytes_or_paths(tmp_path, coco, recipe_for, kind):
+    rows = hub_sets.records(coco, "train", "structs")
+    for row in rows:
+        picture = row["image"]
+        row["image"] = picture["bytes"] if kind == "binary" else str(coco / "train" / picture["path"])
+    kinds = {"image": datasets.Value(kind), "objects": hub_sets.structs_of()}
+    hub_sets.write_rows(tmp_path / "set", rows, kinds)
+    hub_sets.write_rows(tmp_path / "set", rows[:4], kinds, "validation")
+    theirs = data_of(coco, recipe_for)
+    for streaming in (False, True):
+        splits = data.build(recipe_for(tmp_path / "set", format="hub", hub={"streaming": streaming}))
+        train = splits.val if streaming else splits.train
+        for i in range(4):
+            assert np.array_equal(train.sample(i).image, theirs.sample(i).image)
+    some = next(splits.train.rows(1, 0, 0, 0))
+    assert splits.train.sample(some).image.shape == (20, 30, 3)
+
+
+def data_of(coco, recipe_for):
+    return data.build(recipe_for(coco)).train
+
+
 NUMBERS = {"objects": hub_sets.lists_of(datasets.Value("int64"))}
 
 

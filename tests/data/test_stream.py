@@ -140,8 +140,11 @@ def test_a_stream_that_does_not_tell_its_length_is_asked_for_it_and_goes_on_exac
         windows(recipe, splits.train)
 
 
-def test_images_and_boxes_are_those_of_the_set_read_whole(make, recipe_for):
-    recipe, splits = make(4)
+@pytest.mark.parametrize("layout", ["lists", "structs"])
+@pytest.mark.parametrize("sizes", [hub_sets.SIZES, {}], ids=["told", "headers"])
+def test_images_and_boxes_are_those_of_the_set_read_whole(tmp_path, coco, make, recipe_for, layout, sizes):
+    folder = hub_sets.parquet(coco, tmp_path / "set", layout, shards=4, uneven=True, sizes=sizes)
+    recipe, splits = make(folder=folder)
     whole = data.build(recipe_for(Path(recipe.data.root), format="hub")).train
     place = {whole.image_id(i): i for i in range(len(whole))}
     rows = list(splits.train.rows(5, 0, 2, 0)) + list(splits.train.rows(5, 0, 3, 0))
@@ -184,9 +187,18 @@ def test_a_shorter_length_leaves_the_rest_out(make):
 
 
 @pytest.mark.law8
-def test_a_broken_row_is_named_in_its_turn(tmp_path, coco, make):
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda row: row["image"].update(bytes=b"no image"), "row 3 cannot be decoded"),
+        (lambda row: row.update(image=None), "row 3 has no image: remove the row"),
+        (lambda row: row["objects"]["bbox"][0].__setitem__(1, float("inf")), "row 3: bbox .* four finite numbers"),
+        (lambda row: row["objects"]["category"].pop(), "row 3: its objects' fields differ in length"),
+    ],
+)
+def test_a_broken_row_is_named_in_its_turn(tmp_path, coco, make, change, told):
     rows = hub_sets.records(coco, "train", "lists")
-    rows[3]["image"] = {"bytes": b"no image", "path": None}
+    change(rows[3])
     kinds = hub_sets.IMAGES | hub_sets.SIZES | {"objects": hub_sets.lists_of()}
     folder = hub_sets.write_rows(tmp_path / "broken", rows, kinds)
     hub_sets.write_rows(folder, hub_sets.records(coco, "val", "lists"), kinds, "validation")
@@ -194,7 +206,7 @@ def test_a_broken_row_is_named_in_its_turn(tmp_path, coco, make):
     found, stream_of = [], data.train_windows(
         recipe, splits.train, rank=0, num_ranks=1, start_window=0, end_window=3, mean=(0.5,) * 3, std=(0.2,) * 3
     )  # fmt: skip
-    with pytest.raises(UserError, match="split train, shard 0, row 3 cannot be decoded"):
+    with pytest.raises(UserError, match=f"^[^:]*split train, shard 0, {told}"):
         for window in stream_of:
             found.append(window)
     assert all(i != 4 for w in found for i in ids(w))
@@ -263,6 +275,19 @@ def test_a_stream_is_closed_with_its_windows(make):
     assert any(t.name == "stream" for t in threading.enumerate())
     some.close()
     assert not any(t.name == "stream" for t in threading.enumerate())
+
+
+def test_row_counts_are_read_from_any_file_system(make):
+    import fsspec
+
+    recipe, splits = make(4)
+    files = sorted(Path(recipe.data.root).glob("train-*"))
+    for file in files:
+        with fsspec.open(f"memory://set/{file.name}", "wb") as out:
+            out.write(file.read_bytes())
+    remote = [f"memory://set/{file.name}" for file in files]
+    assert stream.parquet_rows(remote) == stream.parquet_rows(list(map(str, files))) == splits.train.shard_rows
+    assert stream.parquet_rows([*remote, "memory://set/im1.jpg"]) is None and stream.parquet_rows([]) is None
 
 
 def test_lanes_end_together(make):
