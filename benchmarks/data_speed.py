@@ -50,14 +50,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         photos = enlarge(args.data, Path(folder) / "photos", args.photos)
         for name, root, images in (("coco", args.data, args.images), ("photos", photos, args.photos)):
-            result[name] = compare(root, images, args.turns)
+            result[name] = compare(root, images, args.turns, Path(folder) / "cache")
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))
 
 
-def compare(root: Path, images: int, turns: int) -> dict[str, float]:
-    """Images per second of CPU time, both ways in turns."""
-    sources = {"reference": reference(root, images), "ours": ours(root, images)}
+def compare(root: Path, images: int, turns: int, folder: Path) -> dict[str, float]:
+    """Images per second of CPU time, each way in turns: to a batch on the CPU, cold and from the cache, and what a
+    worker does where the pixels are worked on by a GPU."""
+    sources = {
+        "reference": reference(root, images), "ours": ours(root, images),
+        "ours_cached": ours(root, images, cache="disk", cache_folder=str(folder)),
+        "worker": ours(root, images, pixels="device"),
+        "worker_cached": ours(root, images, pixels="device", cache="disk", cache_folder=str(folder)),
+    }  # fmt: skip
     for work in sources.values():  # files into the page cache, imports, first-time work
         work(0)
     rates: dict[str, list[float]] = {name: [] for name in sources}
@@ -68,15 +74,16 @@ def compare(root: Path, images: int, turns: int) -> dict[str, float]:
             rates[name].append(images / (time.process_time() - begun))
     found = {name: statistics.median(values) for name, values in rates.items()}
     spread = {f"{name}_spread": [min(values), max(values)] for name, values in rates.items()}
-    return {"images": images, **found, **spread, "ratio": found["ours"] / found["reference"]}
+    ratios = {f"{name}_ratio": value / found["reference"] for name, value in found.items() if name != "reference"}
+    return {"images": images, **found, **spread, **ratios}
 
 
-def ours(root: Path, images: int):
+def ours(root: Path, images: int, **more):
     """One epoch of ``images`` images of the recipe's own loader, in this process."""
     recipe = Recipe.model_validate(
-        {"data": {"root": str(root), "workers": 0}, "batch": {"size": BATCH, "micro": BATCH}}
+        {"data": {"root": str(root), "workers": 0, **more}, "batch": {"size": BATCH, "micro": BATCH}}
     )
-    source = data.Subset(data.build(recipe).train, range(images))
+    source = data.Subset(data.with_cache(recipe, data.build(recipe), quiet=True).train, range(images))
     per_epoch = data.windows_per_epoch(images, BATCH)
 
     def work(turn: int) -> None:

@@ -101,6 +101,10 @@ def _parser() -> argparse.ArgumentParser:
         "--branch", type=Path, metavar="RUN", help="begin from the last checkpoint of another run, as a run of its own"
     )
 
+    p = verb("start", _start, "write a first recipe for a data set, each line with its reason")
+    p.add_argument("folder", type=Path, help="a COCO folder")
+    p.add_argument("--out", type=Path, help="the recipe (default: NAME.yaml here, NAME being the folder's)")
+
     p = verb("eval", _eval, "COCO metrics of a run or checkpoint")
     p.add_argument("model", help="run, checkpoint, model folder, .pth or .safetensors")
     p.add_argument("--split", choices=["train", "val", "test"], help="default: val, or the only one in --data")
@@ -142,8 +146,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("hub_id", help="for example facebook/detr-resnet-101")
     p.add_argument("--out", type=Path, help="folder to copy it to (default: the hub cache)")
 
-    p = verb("doctor", _doctor, "what is installed, what was tested, what to do")
-    p.add_argument("--env", action="store_true", help="check the dependencies")
+    p = verb("doctor", _doctor, "where the time of a recipe's training goes, or what is installed", overrides=True)
+    p.add_argument("recipe", nargs="?", help="train it for a minute, keep nothing, and say what holds it up")
+    p.add_argument("--seconds", type=float, default=60.0, help="how long to look (default: 60)")
+    p.add_argument("--apply", action="store_true", help="try the change that would help most; before and after")
+    p.add_argument("--env", action="store_true", help="check the dependencies (what it does without a recipe)")
     p.add_argument("--offline", action="store_true", help="do not ask for newer releases")
     p.add_argument("--json", action="store_true")
     return parser
@@ -164,6 +171,23 @@ def _train(args, overrides) -> int:
     resume = "auto" if args.resume == "auto" else args.resume == "yes"
     train(recipes.load(args.recipe, overrides), runs=args.runs, resume=resume, branch=args.branch)
     launch.leave()
+    return 0
+
+
+def _start(args, _) -> int:
+    import re
+
+    from detr_accel import data
+
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", args.out.stem if args.out else args.folder.resolve().name).strip("-._")
+    out = args.out or Path(f"{name or 'first'}.yaml")
+    if out.exists():
+        raise UserError(f"{out} is already there: remove it, or choose another with --out")
+    text, found = data.first_recipe_for(args.folder, name or "first")
+    recipes.loads(text, str(out))
+    with writing(out):
+        out.write_text(text, encoding="utf-8")
+    print("\n".join([*found, f"wrote {out}:", "", text]))
     return 0
 
 
@@ -238,12 +262,39 @@ def _fetch(args, _) -> int:
     return 0
 
 
-def _doctor(args, _) -> int:
+def _doctor(args, overrides) -> int:
+    if args.recipe is not None and "=" not in args.recipe:
+        return _doctor_recipe(args, overrides)
+    if overrides or args.recipe or args.apply:
+        raise UserError("detr-accel doctor needs the recipe that keys are to be set in: doctor RECIPE [key=value ...]")
     from detr_accel.monitor import environment
 
     report = environment.report(check_network=not args.offline)
     print(json.dumps(report.to_json(), indent=1) if args.json else report.table())
     return 0 if report.ok else 1
+
+
+def _doctor_recipe(args, overrides) -> int:
+    from detr_accel.train import bottleneck
+
+    def look(more: list[str]):
+        found = bottleneck.look(recipes.load(args.recipe, [*overrides, "log.wandb.enabled=false", *more]), args.seconds)
+        if not args.json:
+            print(found.table(), flush=True)
+        return found
+
+    before = look([])
+    changes = [f"{key}={json.dumps(value)}" for key, value in before.verdict.changes.items()]
+    after = look(changes) if args.apply and changes else None
+    if args.json:
+        print(json.dumps({"found": before.to_json(), "changes": changes, "after": after and after.to_json()}, indent=1))
+    elif after is not None:
+        gain = after.images_per_second / before.images_per_second
+        print(
+            f"with {' '.join(changes)}: {before.images_per_second:.1f} -> {after.images_per_second:.1f} images/s "
+            f"({gain:.2f}x)"
+        )
+    return 0
 
 
 if __name__ == "__main__":

@@ -96,6 +96,11 @@ class Data(Section):
     group_by_shape: bool = False
     """A window holds tall, square or wide images, so that they do not pad each other: less memory and time, and the
     same number of windows. Still random: the order within a shape and of the windows is drawn for each epoch."""
+    cache: Literal["none", "ram", "disk"] = "none"
+    """Keep decoded images, no larger than they are needed, for the next epochs and runs. ``disk``: in cache_folder.
+    ``ram``: in memory, shared by all processes, until the run ends. An epoch then reads no file and decodes nothing."""
+    cache_folder: Text | None = None
+    """Where ``cache: disk`` lies; null: ~/.cache/detr_accel. A changed file or size makes another; delete at will."""
     pixels: Literal["auto", "workers", "device"] = "auto"
     """Where training images are resized and normalised. ``device``: on the training device, so that workers only read
     and decode. ``auto``: there on a GPU, else in the workers."""
@@ -421,7 +426,9 @@ class Recipe(Section):
             raise ValueError("data.root is not set: give the folder of the data set, for example data.root=/data/coco")
         if self.data.format == "hub" and (self.data.root is None) == (self.data.hub.name is None):
             raise ValueError("set one of data.hub.name (a set on the Hub) and data.root (a folder or .parquet file)")
-        needs_all = self.data.group_by_shape or self.evaluate.train_images not in (0, "auto")
+        needs_all = (
+            self.data.group_by_shape or self.data.cache != "none" or self.evaluate.train_images not in (0, "auto")
+        )
         if self.data.format == "hub" and self.data.hub.streaming and needs_all:
             raise ValueError(NO_STREAM)
         if backbone.weights == "none" and self.model.init_from is None and backbone.norm == "frozen":

@@ -10,8 +10,8 @@ Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
 NO_STREAM = (
-    "data.group_by_shape and evaluate.train_images need to see all images first, and data.hub.streaming shows them one "
-    "by one: leave out either"
+    "data.group_by_shape, data.cache and evaluate.train_images need to see all images first, and data.hub.streaming "
+    "shows them one by one: leave out either"
 )
 
 

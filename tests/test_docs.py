@@ -29,7 +29,10 @@ def _load(path: str):
 runs, hub_sets = _load("integration/runs.py"), _load("data/hub_sets.py")
 ROOT = runs.ROOT
 
-TEXTS = ["README.md", "docs/own-data.md", "docs/nan.md", "docs/out-of-memory.md", "docs/resume.md"]
+TEXTS = [
+    "README.md", "docs/own-data.md", "docs/nan.md", "docs/out-of-memory.md", "docs/resume.md", "docs/overfitting.md",
+    "docs/speed.md",
+]  # fmt: skip
 NOT_RUN = {
     "data.hub.name=USER/SET": "needs the network; tests/data/test_hub.py holds the refusal without one",
     "make train": "installs the whole environment; .ci/run does",
@@ -88,7 +91,9 @@ def place(tmp_path):
 def run(place: Path, command: str) -> None:
     for theirs, ours in HERE.items():
         command = command.replace(theirs, ours)
-    if "train.py" in command:
+    if "doctor recipes" in command:
+        command += " --seconds 1 schedule.steps=40"
+    if "train.py" in command or "doctor recipes" in command:
         said = {word.partition("=")[0] for word in command.split()}
         command += " " + " ".join(f"'{a}'" for a in SMALL if a.partition("=")[0] not in said)
     env = {

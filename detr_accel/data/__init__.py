@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from detr_accel.data import coco_json, hub, layout, loader, stream
+from detr_accel.data import cache, coco_json, first_recipe, hub, layout, loader, stream
 from detr_accel.data import source as seeds
 from detr_accel.data.coco import CocoSource, classes_like, classes_of
+from detr_accel.data.cost import ImageCost, image_cost
 from detr_accel.data.device import PlannedBatch, ahead
-from detr_accel.data.geometry import Augmentation, worst_canvas
+from detr_accel.data.geometry import Augmentation, largest_first, resized, worst_canvas
 from detr_accel.data.images import ImageFiles
 from detr_accel.data.loader import worker_death
 from detr_accel.data.sampler import EvalTasks, TrainTasks, shapes_of, share, windows_per_epoch
@@ -24,8 +25,9 @@ from detr_accel.recipe import Recipe
 from detr_accel.structures import Batch, Classes, UserError
 
 __all__ = [
-    "ImageFiles", "PlannedBatch", "Source", "Splits", "StreamSource", "Subset", "build", "describe", "eval_batches",
-    "eval_source", "share", "train_windows", "who_reads_what", "windows_per_epoch", "worker_death", "worst_window",
+    "ImageCost", "ImageFiles", "PlannedBatch", "Source", "Splits", "StreamSource", "Subset", "build", "cost",
+    "describe", "eval_batches", "eval_source", "first_recipe_for", "share", "train_windows", "who_reads_what",
+    "windows_per_epoch", "with_cache", "worker_death", "worst_window",
 ]  # fmt: skip
 
 _TASKS_AHEAD = 16  # micro-batches of a stream, encoded
@@ -300,8 +302,7 @@ def train_windows(
     else:
         ordered = tasks = TrainTasks(source, *place, shapes_of(source) if recipe.data.group_by_shape else None)
     device = torch.device(device)
-    there = recipe.data.pixels == "device" or (recipe.data.pixels == "auto" and device.type == "cuda")
-    batches = loader.batches(source, ordered, **_loading(recipe, mean, std), on_device=there)
+    batches = loader.batches(source, ordered, **_loading(recipe, mean, std), on_device=_on_device(recipe, device))
     return ahead(loader.windows(batches, tasks), device)
 
 
@@ -310,6 +311,56 @@ def who_reads_what(source: Source, num_ranks: int) -> list[str]:
     if num_ranks == 1 or not isinstance(source, StreamSource):
         return []
     return [stream.sharing(source, num_ranks)]
+
+
+def first_recipe_for(root: Path, name: str) -> tuple[str, list[str]]:
+    """A recipe for a COCO folder, and what was found in it.
+
+    Raises:
+        UserError: as in ``build``.
+    """
+    splits = build(Recipe.model_validate({"data": {"root": str(root)}}))
+    return first_recipe.write(first_recipe.facts(splits.train, splits.val), name, str(root)), splits.found
+
+
+def with_cache(recipe: Recipe, splits: Splits, quiet: bool = False) -> Splits:
+    """The same splits with their images in a cache, where the recipe asks for one; built first where it is not there.
+
+    Raises:
+        UserError: no room for it.
+    """
+    d = recipe.data
+    if d.cache == "none":
+        return splits
+    from tqdm import tqdm
+
+    policy = _policy(recipe)
+
+    def progress(items, total):
+        return tqdm(items, "cache", total, disable=True if quiet else None, leave=False, delay=2)
+
+    folder = Path(d.cache_folder or "~/.cache/detr_accel")
+    train, one = cache.cached(
+        splits.train, d.cache, folder, lambda size: largest_first(size, policy), exact=False,
+        settings=("train", policy.scales, policy.max_size, policy.crop > 0, policy.crop_scales), workers=d.workers,
+        progress=progress,
+    )  # fmt: skip
+    val, two = cache.cached(
+        splits.val, d.cache, folder, lambda size: resized(size, d.eval_size, d.eval_max_size), exact=True,
+        settings=("val", d.eval_size, d.eval_max_size), workers=d.workers, progress=progress,
+    )  # fmt: skip
+    return replace(splits, train=train, val=val, found=[*splits.found, one, two])
+
+
+def cost(recipe: Recipe, source: Source, mean: tuple[float, ...], std: tuple[float, ...], device) -> ImageCost:
+    """What a loader process spends on a training image."""
+    kind = StreamTasks if isinstance(source, StreamSource) else TrainTasks
+    tasks = kind(source, _policy(recipe), 4, 4, recipe.seed, 0, 1, 0, min(12, windows_per_epoch(len(source), 4)))
+    return image_cost(tasks, mean, std, _on_device(recipe, torch.device(device)))
+
+
+def _on_device(recipe: Recipe, device: torch.device) -> bool:
+    return recipe.data.pixels == "device" or (recipe.data.pixels == "auto" and device.type == "cuda")
 
 
 def worst_window(recipe: Recipe, source: Source) -> tuple[tuple[int, int], int]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from detr_accel.data import decode
 from detr_accel.data.coco_json import Strings, Table
 from detr_accel.data.decode import header_size, read_rgb
 from detr_accel.structures import Classes, Sample, UserError
@@ -47,6 +49,10 @@ class CocoSource:
 
     def name(self, index: int) -> str:
         return self.table.file_names[self._rows[index]]
+
+    def encoded(self, index: int) -> bytes:
+        """The file's content."""
+        return decode.read_bytes(f"{self.folder}/{self._paths[self._rows[index]]}")
 
     def most_boxes(self) -> int:
         counts = np.diff(self.table.offsets)[self._rows]
@@ -107,6 +113,17 @@ class CocoSource:
             digest.update(np.ascontiguousarray(array).tobytes())
         for i in range(len(self)):
             digest.update(self.name(i).encode("utf-8", "surrogateescape") + b"\0")
+        return digest.hexdigest()
+
+    def stamp(self) -> str:
+        """sha256 over size and time of change of every file: another one where pixels may have changed."""
+        digest = hashlib.sha256()
+        for row in self._rows:
+            try:
+                found = os.stat(f"{self.folder}/{self._paths[row]}")
+                digest.update(f"{found.st_size} {found.st_mtime_ns}\n".encode())
+            except OSError:
+                digest.update(b"gone\n")
         return digest.hexdigest()
 
     def subset(self, rows: Sequence[int] | np.ndarray) -> CocoSource:

@@ -89,14 +89,17 @@ def read_rgb(
         raise UserError(f"image {path} cannot be decoded: {why}; replace the file or remove its record") from None
 
 
+def read_bytes(path: str | Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
 def _read_jpeg(
     path: str | Path, size_px: tuple[int, int], at_least_px: tuple[int, int] | None, data: bytes | None = None
 ) -> np.ndarray | None:
     """None where Pillow should look: no ordinary JPEG of this size, or something is wrong with it."""
     try:
-        if data is None:
-            with open(path, "rb") as file:
-                data = file.read()
+        data = read_bytes(path) if data is None else data
         if data[:3] != b"\xff\xd8\xff":
             return None
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)

@@ -93,6 +93,14 @@ def window_scale(rng: np.random.Generator, policy: Augmentation) -> int | None:
     return _choice(rng, policy.scales) if policy.scale_by == "window" else None
 
 
+def largest_first(size_px: Size, policy: Augmentation) -> Size:
+    """The largest size that a training plan first resizes an image to."""
+    bounded = resized(size_px, max(policy.scales), policy.max_size)
+    if policy.crop == 0:
+        return bounded
+    return max(bounded, resized(size_px, max(policy.crop_scales), None), key=lambda size: size[0] * size[1])
+
+
 def worst_canvas(sizes_px: Iterable[Size], policy: Augmentation) -> Size:
     """A canvas that no training window of these images can pass: the tallest and the widest plan meet in one window."""
     height = width = 1

@@ -6,14 +6,16 @@ images stay in the memory-mapped Arrow file, as they were encoded, and are decod
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from detr_accel.data import hub_columns
+from detr_accel.data import decode, hub_columns
 from detr_accel.data.coco import CocoSource
 from detr_accel.data.coco_json import Strings, Table
 from detr_accel.data.decode import header, read_rgb
@@ -154,6 +156,14 @@ class ArrowImages:
         """The name of an image, or its path where the file holds no bytes, and the bytes."""
         return encoded(self.dataset[int(row)][self.column], f"{self.name}, row {row}")
 
+    def files(self, rows: np.ndarray) -> Iterator[str]:
+        """Where the pixels of these rows lie."""
+        yield from (str(file["filename"]) for file in self.dataset.cache_files)
+        for row in rows.tolist():
+            name, data = self[row]
+            if data is None:
+                yield name
+
 
 def undecoded(dataset: Any, column: str) -> Any:
     """The same set, giving the bytes of its images as they are."""
@@ -190,6 +200,21 @@ class HubSource(CocoSource):
     def __init__(self, table: Table, images: ArrowImages, classes: Classes, turned: np.ndarray) -> None:
         self.images, self.turned = images, turned
         super().__init__(table, Path(images.name), table.file_names, classes)
+
+    def encoded(self, index: int) -> bytes:
+        name, data = self.images[self._rows[index]]
+        return decode.read_bytes(name) if data is None else data
+
+    def stamp(self) -> str:
+        """sha256 over size and time of change of what holds the pixels: the library's files, and those they name."""
+        digest = hashlib.sha256()
+        for path in self.images.files(self._rows):
+            try:
+                found = os.stat(path)
+                digest.update(f"{found.st_size} {found.st_mtime_ns}\n".encode())
+            except OSError:
+                digest.update(b"gone\n")
+        return digest.hexdigest()
 
     def _read(self, row: int, size_px: tuple[int, int], at_least_px: tuple[int, int] | None) -> np.ndarray:
         name, data = self.images[row]

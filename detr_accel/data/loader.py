@@ -48,7 +48,7 @@ class _Tasks(Dataset):
             return UserError(f"a loader process found no room in shared memory, {_MOST_LIKELY}")
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
     """Terminals and schedulers send stop requests to the whole group. The training process answers: it finishes its
     window, for which it needs the workers, and ends them. A worker told to end and then forgotten ends by itself."""
     torch.set_num_threads(1)
@@ -104,7 +104,7 @@ def batches(
         batch_size=None,
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # otherwise the loader's base seed is drawn from, and moves, the global generator
     )

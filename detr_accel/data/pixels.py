@@ -36,6 +36,12 @@ def transform(image: np.ndarray, plan: Plan) -> Tensor:
     return pixels.flip(-1) if plan.flip else pixels
 
 
+def resized(image: np.ndarray, size_px: tuple[int, int], exact: bool) -> np.ndarray:
+    """uint8 [H, W, 3] -> uint8 [h, w, 3]."""
+    pixels = torch.from_numpy(image).permute(2, 0, 1)
+    return (_pillow if exact else _fast)(pixels, size_px).permute(1, 2, 0).numpy()
+
+
 def _fast(pixels: Tensor, size_px: tuple[int, int]) -> Tensor:
     if tuple(pixels.shape[-2:]) == size_px:
         return pixels

@@ -104,6 +104,9 @@ class StreamSource:
         """Of sets that give none."""
         return (shard << 32) + row if self._first is None else int(self._first[shard]) + row
 
+    def size_px(self, index: Row) -> tuple[int, int]:
+        return index.size_px
+
     def sample(self, index: Row, at_least_px: tuple[int, int] | None = None) -> Sample:
         """As of any source; the index is the row itself."""
         if index.fault is not None:

@@ -32,6 +32,8 @@ RULES = {
     "data.hub.revision": SAFE,
     "data.workers": SAFE,
     "data.prefetch": SAFE,
+    "data.cache": SAFE,
+    "data.cache_folder": SAFE,
     "data.pixels": SAFE,  # the same pictures to one of 255 steps
     "data.shapes": FORBIDDEN,
     "model": FORBIDDEN,

@@ -73,7 +73,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, run: RunFolder, resume: boo
     try:
         # -- data, model, optimizer; where the last run stopped; how much fits
         split = _saved_split(run.path if resume else branch)
-        splits = everywhere(accelerator, lambda: data.build(recipe, split))
+        splits = everywhere(accelerator, lambda: _open_data(recipe, split, quiet=not accelerator.is_main_process))
         built = everywhere(accelerator, lambda: parts.build(recipe, accelerator, splits, resume=resume or bool(branch)))
         state, notes = resuming.start_or_resume(built, run, resume=resume, branch=branch)
         notes += [*_fit(built, state), *data.who_reads_what(splits.train, accelerator.num_processes)]
@@ -96,6 +96,10 @@ def _train(recipe: Recipe, accelerator: Accelerator, run: RunFolder, resume: boo
             return finished
     finally:
         stop.restore()
+
+
+def _open_data(recipe: Recipe, split: dict | None, quiet: bool) -> data.Splits:
+    return data.with_cache(recipe, data.build(recipe, split), quiet)
 
 
 def _fit(built: Parts, state: State) -> list[str]:

@@ -1,6 +1,7 @@
 """Hugging Face data sets, in either layout, from parquet, folders or Arrow, are what the same COCO folder is."""
 
 import importlib.util
+import os
 import pickle
 from pathlib import Path
 
@@ -241,6 +242,25 @@ def test_a_name_that_cannot_be_reached_is_one_sentence(tmp_path, recipe_for):
         (tmp_path / "a.txt").write_text("no")
         with pytest.raises(UserError, match=why):
             data.build(recipe_for(tmp_path / path, format="hub"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_of_the_set_gives_the_same_and_notices_a_change(tmp_path, coco, recipe_for, kind):
+    write, hub = KINDS[kind]
+    write(coco, tmp_path / "set")
+    recipe = recipe_for(tmp_path / "set", format="hub", hub=hub, cache="disk", cache_folder=str(tmp_path / "decoded"))
+    splits = data.build(recipe)
+    kept = data.with_cache(recipe, splits, quiet=True)
+    assert "built in" in kept.found[-1] and "found" in data.with_cache(recipe, splits, quiet=True).found[-1]
+    for a, b in zip(windows_of(recipe, kept.train), windows_of(recipe, splits.train), strict=True):
+        assert [t.image_id for m in a for t in m.targets] == [t.image_id for m in b for t in m.targets]
+        assert all(x.images.shape == y.images.shape for x, y in zip(a, b, strict=True))
+    stamp = splits.train.stamp()
+    name, encoded = splits.train.images[0]
+    changed = name if encoded is None else splits.train.images.dataset.cache_files[0]["filename"]
+    os.utime(changed, ns=(1, 1))
+    assert splits.train.stamp() != stamp
+    assert splits.train.encoded(0) == (encoded or Path(name).read_bytes())
 
 
 def test_a_source_crosses_to_a_worker_and_back(tmp_path, coco, recipe_for):

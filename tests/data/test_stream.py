@@ -239,13 +239,19 @@ def test_what_a_stream_cannot_know_is_asked_for_in_one_sentence(tmp_path, coco, 
         make(4, lanes=9)
 
 
-@pytest.mark.parametrize("more", ["data.group_by_shape=true", "evaluate.train_images=9"])
+@pytest.mark.parametrize("more", ["data.group_by_shape=true", "data.cache=ram", "evaluate.train_images=9"])
 def test_what_needs_all_images_first_is_refused(tmp_path, more):
     path = tmp_path / "a.yaml"
     path.write_text("data: {format: hub, root: x, hub: {streaming: true}}\n")
     recipes.load(path)
     with pytest.raises(UserError, match=f"{more.partition('=')[0]}.*need to see all images first"):
         recipes.load(path, [more])
+
+
+def test_the_doctor_takes_its_time_too(make):
+    recipe, splits = make(4)
+    cost = data.cost(recipe, splits.train, (0.5,) * 3, (0.2,) * 3, "cpu")
+    assert cost.read == 0 and cost.decode > 0 and cost.pixels > 0
 
 
 def test_memory_is_planned_for_what_the_recipe_allows(make):

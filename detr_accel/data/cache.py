@@ -1,0 +1,213 @@
+"""Decoded images in one memory-mapped file per split: read once, then shared by all workers and processes.
+
+FOLDER/KEY.pixels   uint8, all images one after the other, each [h, w, 3]
+FOLDER/KEY.npz      where each begins, its size (0 x 0: it could not be decoded), its boxes and labels; written last
+FOLDER/KEY.lock     held by the process that builds
+
+KEY is a hash of the data (annotations, and size and time of every file) and of the sizes asked for, so whatever changes
+there makes another cache. An image is kept no larger than any plan of the recipe can need.
+"""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from detr_accel.data import pixels
+from detr_accel.data.geometry import Size
+from detr_accel.data.loader import start_worker
+from detr_accel.data.source import Source
+from detr_accel.structures import Sample, UserError, writing
+
+VERSION = 1
+RAM = Path("/dev/shm/detr_accel")  # a file system in memory
+_SPARE = 0.9  # of what is free, at most
+
+
+class CachedSource:
+    """A source whose images come from a cache; everything else, and what the cache has not, from the source itself.
+
+    Args:
+        source: what was cached.
+        path: FOLDER/KEY, without an ending.
+    """
+
+    def __init__(self, source: Source, path: Path) -> None:
+        with np.load(path.with_suffix(".npz")) as index:
+            self._sizes, self._starts = index["sizes_px"], index["starts"]
+            self._boxes, self._labels, self._ends = index["boxes_xyxy_px"], index["labels"], index["ends"]
+        # "c": writable for torch's sake, and nothing written would reach the file
+        self._pixels = np.memmap(path.with_suffix(".pixels"), np.uint8, mode="c")
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def sample(self, index: int, at_least_px: Size | None = None) -> Sample:
+        h, w = self._sizes[index]
+        if h == 0:
+            return self.source.sample(index, at_least_px)  # says what is wrong, or works by now
+        start = self._starts[index]
+        image = self._pixels[start : start + 3 * int(h) * int(w)].reshape(h, w, 3)
+        cut = slice(self._ends[index - 1] if index else 0, self._ends[index])
+        return Sample(np.asarray(image), self.source.image_id(index), self._boxes[cut].copy(), self._labels[cut].copy())
+
+    def __getattr__(self, name: str):
+        if name == "source":  # while it is being unpickled
+            raise AttributeError(name)
+        return getattr(self.source, name)
+
+
+def cached(
+    source: Source,
+    kind: str,
+    folder: Path,
+    largest: Callable[[Size], Size],
+    *,
+    exact: bool,
+    settings: object,
+    workers: int,
+    progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
+) -> tuple[CachedSource, str]:
+    """Open the cache of a split, and build it first where it is not there. Safe against a kill, and against others that
+    build the same one: they wait.
+
+    Args:
+        kind: ``disk``, or ``ram`` (a file in memory that is removed when this process ends).
+        folder: of the caches on disk.
+        largest: size of an image -> the largest that it is ever resized to first.
+        exact: resize with DETR's own kernel.
+        settings: what ``largest`` depends on; a part of the key.
+        workers: processes that build.
+        progress: wraps the loop over the images.
+    Returns:
+        the source, and a line about it.
+    Raises:
+        UserError: no room, or the folder cannot be written.
+    """
+    folder = RAM if kind == "ram" else folder.expanduser()
+    path = folder / _key(source, settings, exact)
+    sizes = np.array([_kept(source.size_px(i), largest) for i in range(len(source))], np.int32).reshape(-1, 2)
+    gib = 3 * int(np.prod(sizes, axis=1, dtype=np.int64).sum()) / 2**30
+    begun = time.monotonic()
+    with writing(folder), _locked(path):
+        there = _whole(path, sizes)
+        if not there:
+            _check_room(folder, kind, gib)
+            _build(source, path, sizes, exact, workers, progress)
+    if kind == "ram":
+        atexit.register(_remove, path)
+    how = "found" if there else f"built in {time.monotonic() - begun:.0f} s"
+    where = "memory" if kind == "ram" else path.with_suffix(".pixels")
+    return CachedSource(source, path), f"cache: {len(source)} images, {gib:.2f} GiB in {where}, {how}"
+
+
+def _kept(size_px: Size, largest: Callable[[Size], Size]) -> Size:
+    wanted = largest(size_px)
+    return wanted if wanted[0] <= size_px[0] and wanted[1] <= size_px[1] else size_px
+
+
+def _key(source: Source, settings: object, exact: bool) -> str:
+    stamp = getattr(source, "stamp", lambda: "")()
+    text = repr((VERSION, source.fingerprint(), stamp, settings, exact))
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _whole(path: Path, sizes: np.ndarray) -> bool:
+    try:
+        expected = 3 * int(np.prod(sizes, axis=1, dtype=np.int64).sum())
+        return path.with_suffix(".npz").is_file() and path.with_suffix(".pixels").stat().st_size == expected
+    except OSError:
+        return False
+
+
+def _check_room(folder: Path, kind: str, gib: float) -> None:
+    free = shutil.disk_usage(folder).free
+    if kind == "ram":
+        free = min(free, psutil.virtual_memory().available)
+    if gib * 2**30 > _SPARE * free:
+        place = "memory" if kind == "ram" else str(folder)
+        other = "data.cache=disk or none" if kind == "ram" else "data.cache=none, or data.cache_folder on a larger disk"
+        raise UserError(
+            f"data.cache={kind} needs {gib:.2f} GiB and {place} has {free / 2**30:.2f} GiB free: set {other}"
+        )
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One builder at a time; the kernel frees the lock of one that was killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "a+", encoding="utf-8") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
+
+
+class _Images(Dataset):
+    """Decodes an image into its place in the file; hands back what the index needs."""
+
+    def __init__(self, source: Source, file: Path, sizes: np.ndarray, starts: np.ndarray, exact: bool) -> None:
+        self.source, self.file, self.sizes, self.starts, self.exact = source, file, sizes, starts, exact
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[int, np.ndarray, np.ndarray] | None:
+        h, w = map(int, self.sizes[index])
+        try:
+            sample = self.source.sample(index, None if self.exact else (h, w))
+        except UserError:
+            return None
+        image = pixels.resized(sample.image, (h, w), exact=self.exact)
+        start = int(self.starts[index])
+        with open(self.file, "r+b") as file:  # not a mapping: a full disk is an error, not a signal
+            file.seek(start)
+            file.write(np.ascontiguousarray(image).tobytes())
+        return index, sample.boxes_xyxy_px, sample.labels
+
+
+def _build(source: Source, path: Path, sizes: np.ndarray, exact: bool, workers: int, progress: Callable) -> None:
+    counts = 3 * np.prod(sizes, axis=1, dtype=np.int64)
+    starts = np.concatenate(([0], np.cumsum(counts)))[:-1]
+    temporary = path.with_suffix(".tmp")
+    with suppress(FileNotFoundError):
+        path.with_suffix(".npz").unlink()
+    with open(temporary, "wb") as file:
+        file.truncate(int(counts.sum()))
+    boxes = [np.zeros((0, 4), np.float32)] * len(source)
+    labels = [np.zeros(0, np.int64)] * len(source)
+    sizes = sizes.copy()
+    images = DataLoader(
+        _Images(source, temporary, sizes.copy(), starts, exact), batch_size=None, num_workers=workers,
+        worker_init_fn=start_worker, collate_fn=lambda row: row, generator=torch.Generator(),
+    )  # fmt: skip
+    for index, row in enumerate(progress(images, len(source))):
+        if row is None:
+            sizes[index] = 0
+        else:
+            _, boxes[index], labels[index] = row
+    os.replace(temporary, path.with_suffix(".pixels"))
+    beside = path.with_suffix(".index.tmp")
+    with open(beside, "wb") as file:
+        np.savez(
+            file, sizes_px=sizes, starts=starts, boxes_xyxy_px=np.concatenate(boxes), labels=np.concatenate(labels),
+            ends=np.cumsum([len(rows) for rows in labels]),
+        )  # fmt: skip
+    os.replace(beside, path.with_suffix(".npz"))
+
+
+def _remove(path: Path) -> None:
+    for ending in (".npz", ".pixels", ".lock"):
+        with suppress(OSError):
+            path.with_suffix(ending).unlink()

@@ -1,0 +1,290 @@
+"""A minute of training, looked at: where the time goes, what holds it up, and which change of the recipe would help.
+
+Everything is what the training itself does: the same loader, window, step and evaluation. Only the clock is new, which
+on a GPU waits for the device at each turn and so slows the training that is measured.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+
+import numpy as np
+import torch
+
+from detr_accel import data, models
+from detr_accel.data import ImageCost
+from detr_accel.monitor import memory
+from detr_accel.monitor.stopwatch import Stopwatch
+from detr_accel.recipe import Recipe
+from detr_accel.structures import Batch, UserError
+from detr_accel.train import launch, memory_fit, parts
+from detr_accel.train.checkpoint import State
+from detr_accel.train.parts import Parts
+
+SECTIONS = ("wait", "copy", "forward", "matcher", "loss", "backward", "optimizer", "evaluation", "other")
+WORTH = 0.15  # a share of the time below which nothing is said about it
+WARM_WINDOWS = 2
+
+
+@dataclass
+class Verdict:
+    """What holds the training up, in words, and what would help.
+
+    Args:
+        name: disk, decoding, pixels, workers, matching, evaluation or computing.
+        changes: recipe keys and values to try.
+    """
+
+    name: str
+    text: str
+    changes: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass
+class Findings:
+    """Seconds per window by section, per image in a loader process, and the verdict."""
+
+    seconds: dict[str, float]
+    image: ImageCost
+    workers: int
+    windows: int
+    images_per_second: float
+    peak_gib: float
+    verdict: Verdict
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+    def table(self) -> str:
+        whole = sum(self.seconds.values())
+        rows = [f"{'':12s}{'s/window':>10s}{'share':>8s}"]
+        rows += [f"{n:12s}{s:10.4f}{100 * s / whole:7.1f} %" for n, s in self.seconds.items()]
+        i = self.image
+        rows += [
+            f"{'together':12s}{whole:10.4f}   {self.images_per_second:.1f} images/s, "
+            f"peak memory {self.peak_gib:.2f} GiB",
+            f"in each of {self.workers} loader processes, ms per image: read {1e3 * i.read:.1f}, decode "
+            f"{1e3 * i.decode:.1f}, pixels {1e3 * i.pixels:.1f}",
+        ]
+        return "\n".join([*rows, f"verdict: {self.verdict.text}"])
+
+
+def look(recipe: Recipe, seconds: float = 60.0) -> Findings:
+    """Train for about so long, without keeping anything.
+
+    Raises:
+        UserError: as a training would; or it is started on several processes.
+    """
+    accelerator = launch.make_accelerator(recipe.precision, recipe.device, recipe.dist.overlap)
+    if accelerator.num_processes > 1:
+        raise UserError("doctor looks at one process: start it without accelerate launch, or with --num_processes 1")
+    parts.seed_everything(recipe.seed, recipe.deterministic)
+    splits = data.with_cache(recipe, data.build(recipe))
+    built = parts.build(recipe, accelerator, splits, resume=False)
+    state = State(micro=recipe.batch.micro if recipe.batch.micro != "auto" else None)
+    if state.micro is None:
+        state.micro, state.checkpointed, _ = memory_fit.fit(built, "auto", recipe.model.activation_checkpointing)
+    parts.prepare(built)
+    cost = data.cost(recipe, splits.train, built.bare.mean, built.bare.std, accelerator.device)
+    spent, windows, images = _train(built, state, seconds)
+    spent["evaluation"] = _evaluation(built, seconds / 4) * _evaluations(recipe) / built.length.per_epoch
+    ordered = {name: spent.get(name, 0.0) for name in SECTIONS}
+    verdict = judge(recipe, ordered, cost, recipe.data.workers, os.cpu_count() or 1, images / windows)
+    return Findings(
+        ordered, cost, recipe.data.workers, windows, images / windows / sum(ordered.values()),
+        memory.peak_gib(accelerator.device), verdict,
+    )  # fmt: skip
+
+
+def _evaluations(recipe: Recipe) -> float:
+    """Evaluations in an epoch."""
+    return 1 / recipe.evaluate.every_epochs
+
+
+class _Arriving:
+    """A micro-batch whose way to the device is timed."""
+
+    def __init__(self, batch, clock: Stopwatch) -> None:
+        self.batch, self.clock = batch, clock
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+    def __getattr__(self, name: str):
+        return getattr(self.batch, name)
+
+    def to(self, device, non_blocking: bool = False) -> Batch:
+        with self.clock.section("copy"):
+            return self.batch.to(device, non_blocking)
+
+
+def _train(built: Parts, state: State, seconds: float) -> tuple[dict[str, float], int, float]:
+    """Seconds per window by section, windows seen, and their images."""
+    clock, accelerator, o = Stopwatch(built.accelerator.device), built.accelerator, built.recipe.optim
+    handles = _watch(built, clock)
+    stream = data.train_windows(
+        built.recipe, built.splits.train, rank=0, num_ranks=1, start_window=0, end_window=built.length.total,
+        mean=built.bare.mean, std=built.bare.std, micro=state.micro, device=accelerator.device,
+    )  # fmt: skip
+    begun, windows, images = time.perf_counter(), 0, 0
+    try:
+        while True:
+            with clock.section("wait"):
+                batches = next(stream, None)
+            if batches is None:
+                break
+            with clock.section("other"):
+                built.optimizer.zero_grad(set_to_none=True)
+                result = built.runner.run([_Arriving(b, clock) for b in batches])
+                if result.failure or result.out_of_memory:
+                    raise UserError(result.failure or "out of memory: set batch.micro=auto, which finds what fits")
+                with clock.section("optimizer"):
+                    built.runner.clip(result, o.clip_norm, o.clip_value)
+                    built.prepared.step()
+                    if built.ema is not None:
+                        built.ema.update(built.bare)
+            windows, images = windows + 1, images + result.num_images
+            if windows == WARM_WINDOWS:  # workers start, kernels are chosen
+                clock.take()
+                begun, counted, seen = time.perf_counter(), windows, images
+            if windows > WARM_WINDOWS and time.perf_counter() - begun > seconds:
+                break
+    finally:
+        stream.close()
+        for handle in handles:
+            handle.remove()
+    if windows <= WARM_WINDOWS:
+        raise UserError(f"the run has {windows} windows, too few to look at: raise schedule.epochs")
+    return {k: v / (windows - counted) for k, v in clock.take().items()}, windows - counted, images - seen
+
+
+def _watch(built: Parts, clock: Stopwatch) -> list:
+    """Put the clock into the window's parts; returns what takes the hooks out again."""
+    opened: list = []
+
+    def enter(name: str) -> None:
+        opened.append(clock.section(name))
+        opened[-1].__enter__()
+
+    def leave(*_) -> None:
+        opened.pop().__exit__(None, None, None)
+
+    handles = []
+    for module, name in ((built.runner.model, "forward"), (built.criterion, "loss")):
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: enter(name)))
+        handles.append(module.register_forward_hook(leave))
+    clock.watch(built.criterion, "matcher", "matcher")
+    clock.watch(built.accelerator, "backward", "backward")
+    return handles
+
+
+def _evaluation(built: Parts, seconds: float) -> float:
+    """Seconds of a whole evaluation, from as many of its batches as fit into so long; scoring is not in it."""
+    recipe, device, model = built.recipe, built.accelerator.device, built.evaluated
+    batches = data.eval_batches(
+        recipe, built.splits.val, rank=0, num_ranks=1, mean=model.mean, std=model.std, keep_faults=True
+    )
+    model.eval()
+    begun, images = time.perf_counter(), 0
+    with torch.inference_mode():
+        for batch in islice(batches, 10_000):
+            if isinstance(batch, Batch):
+                moved = batch.to(device)
+                with built.accelerator.autocast():
+                    outputs = model(moved.images, moved.mask)
+                sizes = torch.tensor([t.orig_size_px for t in batch.targets])
+                models.detections(outputs, list(range(len(batch))), sizes, recipe.evaluate.max_detections)
+                images += len(batch)
+            if time.perf_counter() - begun > seconds:
+                break
+    batches.close()
+    return (time.perf_counter() - begun) * len(built.splits.val) / max(1, images)
+
+
+def judge(
+    recipe: Recipe, seconds: dict[str, float], cost: ImageCost, workers: int, cores: int, images: float
+) -> Verdict:
+    """What takes the most time that a change of the recipe could save.
+
+    Args:
+        seconds: per window, by section.
+        images: per window.
+    """
+    whole = sum(seconds.values())
+    shares = {name: value / whole for name, value in seconds.items()}
+    held_up = {"data": shares["wait"], "matching": shares["matcher"], "evaluation": shares["evaluation"]}
+    worst = max(held_up, key=held_up.__getitem__)
+    if held_up[worst] < WORTH:
+        return _computing(recipe, shares)
+    if worst == "matching":
+        return Verdict(
+            "matching",
+            f"matching takes {100 * shares['matcher']:.0f} % of the time: it grows with model.num_queries "
+            f"({recipe.model.num_queries}), the boxes of an image and the decoder layers that are supervised; lower "
+            "model.num_queries to little more than the fullest image has, or set loss.aux=false",
+            {"loss.aux": False},
+        )
+    if worst == "evaluation":
+        every = float(np.ceil(recipe.evaluate.every_epochs * shares["evaluation"] / 0.05))
+        return Verdict(
+            "evaluation",
+            f"evaluation takes {100 * shares['evaluation']:.0f} % of the time: evaluate less often with "
+            f"evaluate.every_epochs={every:g} (it is {recipe.evaluate.every_epochs:g}), or raise evaluate.batch "
+            f"({recipe.evaluate.batch})",
+            {"evaluate.every_epochs": every},
+        )
+    return _loading(recipe, seconds, cost, workers, cores, images)
+
+
+def _loading(
+    recipe: Recipe, seconds: dict[str, float], cost: ImageCost, workers: int, cores: int, images: float
+) -> Verdict:
+    share = 100 * seconds["wait"] / sum(seconds.values())
+    waits = f"the device waits {share:.0f} % of the time for images"
+    busy = sum(seconds.values()) - seconds["wait"]
+    needed = int(np.ceil(1.2 * images * cost.total / max(busy, 1e-9)))
+    cached = recipe.data.cache != "none"
+    if cost.read > 0.5 * cost.total and not cached:
+        return Verdict(
+            "disk",
+            f"{waits}, and reading a file takes {1e3 * cost.read:.0f} ms of the {1e3 * cost.total:.0f} ms that a "
+            "loader process spends on one: a slow or remote disk; data.cache=disk on a local one (data.cache_folder), "
+            "or data.cache=ram, reads each file once, and more data.workers read at the same time",
+            {"data.cache": "ram"},
+        )
+    if cost.decode > 0.5 * cost.total and cost.excess > 4 and not cached:
+        return Verdict(
+            "decoding",
+            f"{waits}, and decoding takes {1e3 * cost.decode:.0f} ms an image: the files have {cost.excess:.0f} times "
+            "the pixels that are used; data.cache=disk (or ram) keeps them at the size that is needed",
+            {"data.cache": "disk"},
+        )
+    if workers < min(needed, cores):
+        better = min(needed, cores)
+        return Verdict(
+            "workers",
+            f"{waits}, and {workers} loader process{'es' * (workers != 1)} cannot keep up: data.workers={better} "
+            f"({needed} would be needed, {cores} cores are there)",
+            {"data.workers": better},
+        )
+    biggest = "decoding" if cost.decode > cost.pixels else "pixels"
+    remedy = "data.cache=disk saves the decoding" if not cached else "smaller data.augment.scales need fewer pixels"
+    return Verdict(
+        biggest,
+        f"{waits}, {workers} loader processes on {cores} cores are all there can be, and {biggest} takes most of their "
+        f"time; {remedy}",
+        {} if cached else {"data.cache": "disk"},
+    )
+
+
+def _computing(recipe: Recipe, shares: dict[str, float]) -> Verdict:
+    parts_ = {name: shares[name] for name in ("forward", "backward", "optimizer")}
+    most = max(parts_, key=parts_.__getitem__)
+    return Verdict(
+        "computing",
+        f"nothing holds the device up: {most} takes {100 * parts_[most]:.0f} % of the time; precision=bf16 on a GPU "
+        "that has it, smaller data.augment.scales or a smaller model.backbone are what is left",
+    )

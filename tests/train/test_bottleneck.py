@@ -1,0 +1,153 @@
+"""``detr-accel doctor RECIPE``: five planted bottlenecks, each named right, and a training that nothing holds up."""
+
+import importlib.util
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from detr_accel import recipe as recipes
+from detr_accel.cli import main
+from detr_accel.data import ImageCost, decode
+from detr_accel.data.shapes import ShapesSource
+from detr_accel.models import matcher
+from detr_accel.train import bottleneck
+
+_spec = importlib.util.spec_from_file_location("injected_bottleneck", Path(__file__).with_name("injected.py"))
+injected = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(injected)
+TINY = injected.TINY.replace("workers: 0", "workers: 1") + "name: b\nschedule: {epochs: 500}\n"
+RARELY = "evaluate: {every_epochs: 100}\n"
+FREE = ImageCost(1e-4, 1e-3, 1e-3, 1.0)
+
+
+def folder_of(root: Path, size: tuple[int, int], number: int = 24) -> Path:
+    """A COCO folder of smooth JPEGs."""
+    (root / "annotations").mkdir(parents=True)
+    truth = ShapesSource(1, "train", number, 64).ground_truth()
+    for record in truth["images"]:
+        record |= {"file_name": f"{record['id']}.jpg", "height": size[0], "width": size[1]}
+    noise = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise).resize(size[::-1], Image.Resampling.BICUBIC)
+    for split in ("train", "val"):
+        (root / split).mkdir()
+        for record in truth["images"]:
+            picture.save(root / split / record["file_name"], quality=95)
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(truth))
+    return root
+
+
+def look(more: str = RARELY, text: str = TINY, seconds: float = 2.0) -> bottleneck.Findings:
+    return bottleneck.look(recipes.loads(text + more), seconds)
+
+
+def on_files(root: Path) -> str:
+    return TINY.replace("format: shapes", f"root: {root}")
+
+
+def test_a_slow_disk(tmp_path, monkeypatch):
+    plain = decode.read_bytes
+
+    def slow(path):
+        time.sleep(0.08)
+        return plain(path)
+
+    monkeypatch.setattr(decode, "read_bytes", slow)
+    found = look(text=on_files(folder_of(tmp_path / "set", (64, 80))))
+    assert found.verdict.name == "disk", found.table()
+    assert found.image.read > 0.07 and "data.cache" in found.verdict.text
+
+
+def test_huge_jpegs(tmp_path):
+    found = look(text=on_files(folder_of(tmp_path / "set", (2400, 3200), 8)))
+    assert found.verdict.name == "decoding", found.table()
+    assert found.verdict.changes == {"data.cache": "disk"} and found.image.excess > 50
+
+
+def test_one_worker(monkeypatch):
+    monkeypatch.setattr(bottleneck.os, "cpu_count", lambda: 8)
+    plain = ShapesSource.sample
+
+    def slow(self, *args):
+        until = time.perf_counter() + 0.1
+        while time.perf_counter() < until:
+            pass
+        return plain(self, *args)
+
+    monkeypatch.setattr(ShapesSource, "sample", slow)
+    found = look()
+    assert found.verdict.name == "workers", found.table()
+    assert found.verdict.changes["data.workers"] > 1
+
+
+def test_slow_matching(monkeypatch):
+    plain = matcher.assign
+
+    def slow(*args):
+        time.sleep(0.15)
+        return plain(*args)
+
+    monkeypatch.setattr(matcher, "assign", slow)
+    found = look()
+    assert found.verdict.name == "matching", found.table()
+    assert found.seconds["matcher"] > 3 * 0.15, "three or four micro-batches a window"
+
+
+def test_slow_evaluation():
+    found = look("evaluate: {every_epochs: 0.3, batch: 1}\n", text=TINY.replace("num_val: 3", "num_val: 400"))
+    assert found.verdict.name == "evaluation", found.table()
+    assert found.verdict.changes["evaluate.every_epochs"] >= 1
+
+
+def test_nothing_holds_up_a_training_that_computes(capsys):
+    heavy = TINY.replace("image_size: 64", "image_size: 160").replace("scales: [64]", "scales: [160]")
+    found = look(text=heavy)
+    assert found.verdict.name == "computing", found.table()
+    assert {"wait", "forward", "matcher", "backward", "optimizer", "evaluation"} <= found.seconds.keys()
+    assert all(value > 0 for name, value in found.seconds.items() if name != "copy")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "cost", "workers", "cores", "name"),
+    [
+        ({"wait": 0.05, "forward": 1.0}, FREE, 1, 8, "computing"),
+        ({"wait": 0.8, "forward": 1.0}, ImageCost(0.2, 0.01, 0.01, 1.0), 4, 8, "disk"),
+        ({"wait": 0.8, "forward": 1.0}, ImageCost(0.0, 0.2, 0.01, 9.0), 1, 8, "decoding"),
+        ({"wait": 0.8, "forward": 1.0}, ImageCost(0.0, 0.2, 0.01, 1.0), 1, 8, "workers"),
+        ({"wait": 0.8, "forward": 1.0}, ImageCost(0.0, 0.2, 0.01, 1.0), 8, 8, "decoding"),
+        ({"wait": 0.8, "forward": 1.0}, ImageCost(0.0, 0.01, 0.2, 1.0), 8, 8, "pixels"),
+        ({"wait": 0.3, "forward": 1.0, "matcher": 0.9}, FREE, 1, 8, "matching"),
+        ({"evaluation": 3.0, "forward": 1.0}, FREE, 1, 8, "evaluation"),
+    ],
+)
+def test_the_greatest_share_that_can_be_saved_is_named(seconds, cost, workers, cores, name):
+    seconds = dict.fromkeys(bottleneck.SECTIONS, 0.0) | seconds
+    verdict = bottleneck.judge(recipes.loads(TINY), seconds, cost, workers, cores, 8.0)
+    assert verdict.name == name
+    for key in verdict.changes:
+        assert key in recipes._known() and key in verdict.text
+
+
+def test_the_command_tries_the_change_and_shows_before_and_after(tmp_path, monkeypatch, capsys):
+    plain = decode.read_bytes
+
+    def slow(path):
+        time.sleep(0.05)
+        return plain(path)
+
+    monkeypatch.setattr(decode, "read_bytes", slow)
+    file = tmp_path / "r.yaml"
+    file.write_text(on_files(folder_of(tmp_path / "set", (64, 80))) + RARELY)
+    assert main(["doctor", str(file), "--seconds", "1.5", "--apply"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("verdict: ") == 2 and 'with data.cache="ram": ' in said
+    gain = float(said.rsplit("(", 1)[1].partition("x")[0])
+    assert gain > 1.1
+
+
+def test_keys_without_a_recipe_are_refused(capsys):
+    assert main(["doctor", "optim.lr=1"]) == 2
+    assert "doctor RECIPE" in capsys.readouterr().err
