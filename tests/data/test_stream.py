@@ -251,7 +251,7 @@ def test_what_needs_all_images_first_is_refused(tmp_path, more):
 def test_the_doctor_takes_its_time_too(make):
     recipe, splits = make(4)
     cost = data.cost(recipe, splits.train, (0.5,) * 3, (0.2,) * 3, "cpu")
-    assert cost.read == 0 and cost.decode > 0 and cost.pixels > 0
+    assert cost.read < 1e-4 < cost.total and cost.pixels > 0
 
 
 def test_memory_is_planned_for_what_the_recipe_allows(make):
