@@ -19,6 +19,7 @@ from detr_accel.data.geometry import Augmentation, canvas, eval_plan, largest_fi
 from detr_accel.data.hub import Where
 from detr_accel.data.hub_columns import Columns
 from detr_accel.data.images import ImageFiles
+from detr_accel.data.layout import format_of
 from detr_accel.data.loader import without_lost, worker_death
 from detr_accel.data.opening import Splits, describe
 from detr_accel.data.preview import epoch_sheet
@@ -33,7 +34,7 @@ from detr_accel.structures import Batch, UserError
 __all__ = [
     "Demands", "ImageCost", "ImageFiles", "PlannedBatch", "Source", "Splits", "StreamSource", "Subset", "all_share",
     "build", "cache_room", "check", "check_report", "cost", "demands", "describe", "eval_batches", "eval_source",
-    "first_recipe_for", "in_any_order", "is_there", "preview", "share", "still_window", "total_windows",
+    "first_recipe_for", "format_of", "in_any_order", "is_there", "preview", "share", "still_window", "total_windows",
     "train_windows", "who_reads_what", "windows_per_epoch", "with_cache", "without_lost", "worker_death",
     "worst_window",
 ]  # fmt: skip
@@ -239,13 +240,14 @@ def preview(
 
 
 def first_recipe_for(root: Path, name: str) -> tuple[str, list[str]]:
-    """A recipe for a COCO folder, and what was found in it.
+    """A recipe for a folder, and what was found in it.
 
     Raises:
         UserError: as in ``build``.
     """
-    splits = build(Recipe.model_validate({"data": {"root": str(root)}}))
-    return first_recipe.write(first_recipe.facts(splits.train, splits.val), name, str(root)), splits.found
+    format_ = layout.format_of(root)
+    splits = build(Recipe.model_validate({"data": {"root": str(root), "format": format_}}))
+    return first_recipe.write(first_recipe.facts(splits.train, splits.val), name, str(root), format_), splits.found
 
 
 def with_cache(recipe: Recipe, splits: Splits, quiet: bool = False) -> Splits:

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detr_accel import data
+from detr_accel import cli, data
+from detr_accel import recipe as recipes
 from detr_accel.structures import UserError
 
 _spec = importlib.util.spec_from_file_location("hub_sets", Path(__file__).with_name("hub_sets.py"))
@@ -368,3 +369,26 @@ def test_the_test_split_is_evaluated_on_request(tmp_path, coco, recipe_for):
     (tmp_path / "set/test.parquet").unlink()
     with pytest.raises(UserError, match="no split 'test' .train, validation.*--split"):
         data.eval_source(recipe, split="test")
+
+
+def test_a_folder_that_is_a_set_gets_a_first_recipe_and_is_checked(tmp_path, coco, capsys):
+    root = hub_sets.parquet(coco, tmp_path / "set")
+    text, found = data.first_recipe_for(root, "first")
+    recipe = recipes.loads(text)
+    assert recipe.data.format == "hub" and recipe.data.root == str(root) and "11 images" in found[0]
+    assert data.format_of(coco) == "coco" and data.format_of(tmp_path / "absent") == "coco"
+    assert cli.main(["check-data", str(root), "--json", "--workers", "1"]) in (0, 1)
+    assert json.loads(capsys.readouterr().out)["splits"]["train"]["images"] == 11
+    with pytest.raises(UserError, match="holds a Hugging Face data set and no COCO json.*data.format=hub"):
+        data.build(recipes.Recipe.model_validate({"data": {"root": str(root)}}))
+
+
+def test_a_set_that_is_not_there_can_be_planned_for(tmp_path, coco, recipe_for):
+    assert not data.is_there(recipe_for(tmp_path / "absent", format="hub"))
+    hub_sets.parquet(coco, tmp_path / "set")
+    assert data.is_there(recipe_for(tmp_path / "set", format="hub"))
+    for streaming in (False, True):
+        recipe = recipe_for(tmp_path / "set", format="hub", hub={"streaming": streaming})
+        found = data.demands(recipe, data.build(recipe))
+        assert found.num_images == 11 and found.num_classes == 2 and not found.assumed
+        assert found.most_boxes == (recipe.model.num_queries if streaming else 2)
