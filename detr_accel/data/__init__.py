@@ -9,29 +9,37 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from detr_accel.data import augment, cache, check_report, first_recipe, layout, loader, opening
+from detr_accel.data import augment, cache, check_report, first_recipe, hub_opening, layout, loader, opening, stream
 from detr_accel.data import check as checks
 from detr_accel.data.collate import make_batch
 from detr_accel.data.cost import ImageCost, image_cost
 from detr_accel.data.device import PlannedBatch, ahead
 from detr_accel.data.dirt import Dirt
 from detr_accel.data.geometry import Augmentation, canvas, eval_plan, largest_first, resized, worst_canvas
+from detr_accel.data.hub import Where
+from detr_accel.data.hub_columns import Columns
 from detr_accel.data.images import ImageFiles
+from detr_accel.data.layout import format_of
 from detr_accel.data.loader import without_lost, worker_death
 from detr_accel.data.opening import Splits, describe
 from detr_accel.data.preview import epoch_sheet
+from detr_accel.data.read_ahead import Ahead
 from detr_accel.data.sampler import EvalTasks, Task, TrainTasks, shapes_of, share, windows_per_epoch
 from detr_accel.data.shapes import ShapesSource
 from detr_accel.data.source import Source, Subset
+from detr_accel.data.stream import FirstRows, StreamSource, StreamTasks
 from detr_accel.recipe import Recipe
 from detr_accel.structures import Batch, UserError
 
 __all__ = [
-    "Demands", "ImageCost", "ImageFiles", "PlannedBatch", "Source", "Splits", "Subset", "build", "cache_room",
-    "check", "check_report", "cost", "demands", "describe", "eval_batches", "eval_source", "first_recipe_for",
-    "is_there", "preview", "share", "still_window", "total_windows", "train_windows", "windows_per_epoch",
-    "with_cache", "without_lost", "worker_death", "worst_window",
+    "Demands", "ImageCost", "ImageFiles", "PlannedBatch", "Source", "Splits", "StreamSource", "Subset", "all_share",
+    "build", "cache_room", "check", "check_report", "cost", "demands", "describe", "eval_batches", "eval_source",
+    "first_recipe_for", "format_of", "in_any_order", "is_there", "preview", "share", "still_window", "total_windows",
+    "train_windows", "who_reads_what", "windows_per_epoch", "with_cache", "without_lost", "worker_death",
+    "worst_window",
 ]  # fmt: skip
+
+_TASKS_AHEAD = 16  # micro-batches of a stream, encoded
 
 
 def build(recipe: Recipe, split_json: dict | None = None, max_val_images: int | None = None) -> Splits:
@@ -87,7 +95,23 @@ def _build_coco(recipe: Recipe, split_json: dict | None) -> Splits:
     return Splits(train, val, lines)
 
 
-_FORMATS = {"coco": _build_coco, "shapes": _build_shapes}
+def _build_hub(recipe: Recipe, split_json: dict | None) -> Splits:
+    h = recipe.data.hub
+    if h.streaming:
+        return hub_opening.streamed(_asked(recipe), h.length, h.block, h.lanes)
+    return hub_opening.whole(_asked(recipe), split_json, recipe.data.val_fraction, recipe.seed)
+
+
+def _asked(recipe: Recipe) -> hub_opening.Asked:
+    h, root = recipe.data.hub, Path(recipe.data.root or ".").expanduser()
+    return hub_opening.Asked(
+        Where(h.name or str(root), h.config, h.revision),
+        Columns(h.image, h.objects, h.box, h.category, h.box_format, tuple(h.class_names)),
+        h.train_split, h.val_split, recipe.data.on_bad,
+    )  # fmt: skip
+
+
+_FORMATS = {"coco": _build_coco, "hub": _build_hub, "shapes": _build_shapes}
 
 
 def eval_source(
@@ -108,6 +132,8 @@ def eval_source(
     if folder is None and (recipe.data.format != "coco" or wanted in ("train", "val")):
         if recipe.data.format == "shapes":
             return _shapes(recipe, wanted)
+        if recipe.data.format == "hub" and (wanted == "test" or recipe.data.hub.streaming):
+            return hub_opening.split_named(_asked(recipe), wanted)
         return getattr(build(recipe, split_json), wanted)
     root = Path(folder if folder is not None else recipe.data.root or ".").expanduser()
     found = layout.find_jsons(root)
@@ -131,34 +157,16 @@ def check(
     Raises:
         UserError: there is no data set.
     """
-    if recipe.data.format != "coco":
-        raise UserError(f"check-data looks at COCO folders; data.format is {recipe.data.format}")
+    if recipe.data.format == "shapes":
+        raise UserError("check-data looks at data sets of people; data.format is shapes, which are made on the fly")
     e, stride = recipe.data, 16 if recipe.model.backbone.dc5 else 32
     model = checks.Model(stride, recipe.model.num_queries, e.eval_size, e.eval_max_size)
-    splits = [_look(recipe, *row) for row in _jsons(recipe)]
-    return checks.check(splits, model, policy=recipe.data.on_bad, workers=workers, progress=progress)
-
-
-def _jsons(recipe: Recipe) -> list[tuple[str, Path, Path | None]]:
-    """Split, json and image folder (None: to be found) of all there are; one that names no split is ``all``."""
-    d, root = recipe.data, Path(recipe.data.root or "").expanduser()
-    given = {"train": (d.train_annotations, d.train_images), "val": (d.val_annotations, d.val_images)}
-    found: dict[str, Path | None] = {s: opening.explicit(root, json_path) for s, (json_path, _) in given.items()}
-    if found["train"] is None:
-        there = layout.find_jsons(root)
-        found |= {s: found.get(s) or layout.pick(there, s, root) for s in there if s or not found["val"]}
-    images = {s: opening.explicit(root, folder) for s, (_, folder) in given.items()}
-    return [(s or "all", path, images.get(s or "train")) for s, path in found.items() if path is not None]
-
-
-def _look(recipe: Recipe, split: str, json_path: Path, images: Path | None) -> checks.Split:
-    dirt = Dirt("mend" if recipe.data.on_bad == "stop" else recipe.data.on_bad, look=True)
-    try:
-        return checks.Split(
-            split, opening.open_split(json_path, Path(recipe.data.root or ""), split, images, dirt), dirt
-        )
-    except UserError as error:
-        return checks.Split(split, None, dirt, str(error))
+    if e.format == "hub":
+        splits = hub_opening.to_check(_asked(recipe))
+    else:
+        given = {"train": (e.train_annotations, e.train_images), "val": (e.val_annotations, e.val_images)}
+        splits = opening.to_check(Path(e.root or "").expanduser(), given, e.on_bad)
+    return checks.check(splits, model, policy=e.on_bad, workers=workers, progress=progress)
 
 
 def train_windows(
@@ -189,17 +197,38 @@ def train_windows(
     """
     micro = recipe.batch.micro if micro is None else micro
     tasks = _tasks(recipe, source, micro, rank, num_ranks, start_window, end_window)
-    device = torch.device(device)
+    device, streamed = torch.device(device), isinstance(source, StreamSource)
     on_device, leave_out = _on_device(recipe, device), recipe.data.on_bad != "stop"
-    stream = loader.batches(source, tasks, **_loading(recipe, mean, std), on_device=on_device, leave_out=leave_out)
-    return ahead(loader.windows(stream, tasks), device)
+    ordered = Ahead(tasks, _TASKS_AHEAD) if streamed else tasks
+    batches = loader.batches(source, ordered, **_loading(recipe, mean, std), on_device=on_device, leave_out=leave_out)
+    return ahead(loader.windows(batches, tasks), device)
 
 
-def _tasks(recipe: Recipe, source: Source, micro: int, rank: int, num_ranks: int, start: int, end: int) -> TrainTasks:
-    return TrainTasks(
-        source, _policy(recipe), recipe.batch.size, micro, recipe.seed, rank, num_ranks, start, end,
-        shapes_of(source) if recipe.data.group_by_shape else None, _strong(recipe, len(source)),
-    )  # fmt: skip
+def in_any_order(recipe: Recipe, source: Source, num: int = 256) -> Source:
+    """The source; of a stream its first ``num`` images, as a source that may be asked for any of them."""
+    return FirstRows(source, recipe.seed, num) if isinstance(source, StreamSource) else source
+
+
+def all_share(source: Source, num_images: int, num_ranks: int) -> bool:
+    """Whether a window surely has images for every process: of a stream, each reads what its own lanes bring."""
+    own = isinstance(source, StreamSource) and source.own_lanes(0, num_ranks) is not None
+    return num_ranks == 1 or (num_images >= num_ranks and not own)
+
+
+def who_reads_what(source: Source, num_ranks: int) -> list[str]:
+    """What to say about a stream that several processes read."""
+    return [stream.sharing(source, num_ranks)] if num_ranks > 1 and isinstance(source, StreamSource) else []
+
+
+def _tasks(
+    recipe: Recipe, source: Source, micro: int, rank: int, num_ranks: int, start: int, end: int,
+    size: int | None = None, grouped: bool = True,
+) -> TrainTasks | StreamTasks:  # fmt: skip
+    place = (_policy(recipe), size or recipe.batch.size, micro, recipe.seed, rank, num_ranks, start, end)
+    strong = _strong(recipe, len(source))
+    if isinstance(source, StreamSource):
+        return StreamTasks(source, *place, strong)
+    return TrainTasks(source, *place, shapes_of(source) if grouped and recipe.data.group_by_shape else None, strong)
 
 
 def preview(
@@ -211,13 +240,14 @@ def preview(
 
 
 def first_recipe_for(root: Path, name: str) -> tuple[str, list[str]]:
-    """A recipe for a COCO folder, and what was found in it.
+    """A recipe for a folder, and what was found in it.
 
     Raises:
         UserError: as in ``build``.
     """
-    splits = build(Recipe.model_validate({"data": {"root": str(root)}}))
-    return first_recipe.write(first_recipe.facts(splits.train, splits.val), name, str(root)), splits.found
+    format_ = layout.format_of(root)
+    splits = build(Recipe.model_validate({"data": {"root": str(root), "format": format_}}))
+    return first_recipe.write(first_recipe.facts(splits.train, splits.val), name, str(root), format_), splits.found
 
 
 def with_cache(recipe: Recipe, splits: Splits, quiet: bool = False) -> Splits:
@@ -275,10 +305,7 @@ def _kept(recipe: Recipe, splits: Splits) -> list[tuple[Source, dict]]:
 
 def cost(recipe: Recipe, source: Source, mean: tuple[float, ...], std: tuple[float, ...], device) -> ImageCost:
     """What a loader process spends on a training image."""
-    tasks = TrainTasks(
-        source, _policy(recipe), 4, 4, recipe.seed, 0, 1, 0, min(12, windows_per_epoch(len(source), 4)),
-        strong=_strong(recipe, len(source)),
-    )  # fmt: skip
+    tasks = _tasks(recipe, source, 4, 0, 1, 0, min(12, windows_per_epoch(len(source), 4)), size=4, grouped=False)
     return image_cost(tasks, mean, std, _on_device(recipe, torch.device(device)))
 
 
@@ -287,7 +314,10 @@ def _on_device(recipe: Recipe, device: torch.device) -> bool:
 
 
 def worst_window(recipe: Recipe, source: Source) -> tuple[tuple[int, int], int]:
-    """What the most demanding window can hold: canvas (h, w) in pixels, and boxes in one image. Nothing is decoded."""
+    """What the most demanding window can hold: canvas (h, w) in pixels, and boxes in one image. Nothing is decoded; of
+    a stream it is what the recipe allows, and as many boxes as there are queries."""
+    if isinstance(source, StreamSource):
+        return _with_strong(recipe, (recipe.data.augment.max_size,) * 2), recipe.model.num_queries
     canvas = _with_strong(recipe, worst_canvas(_sizes(source), _policy(recipe)))
     strong = _strong(recipe, len(source))
     return canvas, source.most_boxes() if strong is None else strong.most_boxes(source.most_boxes())
@@ -315,9 +345,9 @@ class Demands:
 def is_there(recipe: Recipe) -> bool:
     """Whether there is a data set to look at; one that is broken counts as there, and is refused when it is opened."""
     d = recipe.data
-    if d.format != "coco":
-        return True
     root = Path(d.root).expanduser() if d.root is not None else Path()
+    if d.format != "coco":
+        return d.root is None or d.format == "shapes" or root.exists()
     return root.exists() if d.train_annotations is None else (root / Path(d.train_annotations).expanduser()).exists()
 
 

@@ -6,7 +6,6 @@ import time
 from dataclasses import dataclass
 from itertools import islice
 
-from detr_accel.data import decode
 from detr_accel.data.cache import CachedSource
 from detr_accel.data.collate import make_batch, plan_batch
 from detr_accel.data.sampler import Task, TrainTasks
@@ -72,7 +71,7 @@ def image_cost(tasks: TrainTasks, mean: tuple[float, ...], std: tuple[float, ...
 
 
 def _read(source, index: int) -> None:
-    """Only the bytes; nothing where images are made or cached."""
-    file = getattr(source, "file", None)
-    if file is not None and not isinstance(source, CachedSource):
-        decode.read_bytes(file(index))
+    """Only the bytes; nothing where images are made, cached or streamed."""
+    encoded = getattr(source, "encoded", None)
+    if encoded is not None and not isinstance(source, CachedSource):
+        encoded(index)

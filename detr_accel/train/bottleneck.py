@@ -246,7 +246,7 @@ def _loading(
     waits = f"the device waits {share:.0f} % of the time for images"
     busy = sum(seconds.values()) - seconds["wait"]
     needed = int(np.ceil(1.2 * images * cost.total / max(busy, 1e-9)))
-    cached = recipe.data.cache != "none"
+    cached = recipe.data.cache != "none" or recipe.data.hub.streaming  # of which nothing is kept
     if cost.read > 0.5 * cost.total and not cached:
         return Verdict(
             "disk",

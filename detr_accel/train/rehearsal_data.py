@@ -29,15 +29,15 @@ def check(recipe: Recipe, splits: data.Splits, accelerator: Accelerator, seconds
     Raises:
         Trouble: a run would fail on it, or learn something else than was meant.
     """
-    train, val = splits.train, splits.val
+    train, val = data.in_any_order(recipe, splits.train), splits.val
     findings = [] if not accelerator.is_local_main_process else [
         *look.boxes(train), *look.boxes(val), *look.classes(train, val), *_queries(recipe, train),
     ]  # fmt: skip
     _stop_at(findings)
-    _shared_memory(recipe, splits, accelerator.device)
+    _shared_memory(recipe, splits.train, train, accelerator.device)
     to_cache = data.cache_room(recipe, splits)
     try:
-        first, read, rate = _first_windows(recipe, train, accelerator, seconds / 3)
+        first, read, rate = _first_windows(recipe, splits.train, accelerator, seconds / 3)
     except RuntimeError as error:  # a worker that dies interrupts whatever statement is in hand
         raise data.worker_death(error) or error from None
     text = f"first {first} windows read ({read} images on this process, {rate:.0f} a second)"
@@ -74,16 +74,20 @@ def _queries(recipe: Recipe, train: data.Source) -> list[look.Finding]:
     return [look.Finding(text, "raise model.num_queries where the weights allow it")]
 
 
-def _shared_memory(recipe: Recipe, splits: data.Splits, device: torch.device) -> None:
-    """Workers hand batches over in /dev/shm; a container may have 64 MiB of it."""
+def _shared_memory(recipe: Recipe, train: data.Source, some: data.Source, device: torch.device) -> None:
+    """Workers hand batches over in /dev/shm; a container may have 64 MiB of it.
+
+    Args:
+        some: images of ``train`` that may be asked for.
+    """
     place, micro = Path("/dev/shm"), 1 if recipe.batch.micro == "auto" else recipe.batch.micro
     if recipe.data.workers == 0 or not place.is_dir():
         return
-    (height, width), _ = data.worst_window(recipe, splits.train)
+    (height, width), _ = data.worst_window(recipe, train)
     micro = min(micro, recipe.batch.size)
     image = height * width * (3 * 4 + 1)  # float32, and the mask
     if recipe.data.pixels == "device" or (recipe.data.pixels == "auto" and device.type == "cuda"):  # as decoded
-        image = 3 * median(h * w for h, w in map(splits.train.size_px, range(min(100, len(splits.train)))))
+        image = 3 * median(h * w for h, w in map(some.size_px, range(min(100, len(some)))))
     needed = recipe.data.workers * recipe.data.prefetch * micro * image
     free = shutil.disk_usage(place).free
     if needed > free:
