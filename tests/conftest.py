@@ -3,7 +3,9 @@
 import os
 import shutil
 import sys
+from pathlib import Path
 
+sys.path.insert(1, str(Path(__file__).parent))  # warm.py and shared.py, for every test
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; child processes inherit it
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")

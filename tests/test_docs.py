@@ -7,12 +7,14 @@ detector appended, and a small folder in COCO's layout stands for COCO: the test
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 
 def _load(path: str):
@@ -25,6 +27,7 @@ def _load(path: str):
 runs, hub_sets = _load("integration/runs.py"), _load("data/hub_sets.py")
 ROOT = runs.ROOT
 
+LAUNCHER = Path(__file__).with_name("launch_here.py")
 TEXTS = [
     "README.md", "docs/own-data.md", "docs/nan.md", "docs/not-learning.md", "docs/out-of-memory.md", "docs/resume.md",
     "docs/overfitting.md", "docs/speed.md", "docs/rehearsal.md", "docs/augmentation.md",
@@ -51,8 +54,11 @@ def commands(path: Path) -> list[str]:
     return [line for line in lines if line]
 
 
+REAL = ("README.md", "docs/rehearsal.md")  # through `accelerate launch` itself; the others start warm
+
+
 @pytest.fixture
-def place(tmp_path):
+def place(tmp_path, name):
     """A copy of the checkout's top level, with the data sets that the texts speak of."""
     folder = tmp_path
     for name in ("train.py", "accelerate_config.yaml", "recipes"):
@@ -64,9 +70,11 @@ def place(tmp_path):
     shutil.copytree(folder / "mine" / "val", folder / "photos")
     bin_folder = folder / "bin"
     bin_folder.mkdir()
-    for name, module in (("accelerate", "accelerate.commands.accelerate_cli"), ("detr-accel", "detr_accel.cli")):
-        script = bin_folder / name
-        script.write_text(f"#!/bin/sh\nexec '{sys.executable}' -m {module} \"$@\"\n")
+    python = [sys.executable] if name in REAL else warm.python()
+    launcher = ["-m", "accelerate.commands.accelerate_cli"] if name in REAL else [str(LAUNCHER)]
+    for program, module in (("accelerate", launcher), ("detr-accel", ["-m", "detr_accel.cli"])):
+        script = bin_folder / program
+        script.write_text(f"#!/bin/sh\nexec {shlex.join([*python, *module])} \"$@\"\n")
         script.chmod(0o755)
     return folder
 

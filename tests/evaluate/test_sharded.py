@@ -3,11 +3,10 @@
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 from detr_accel.evaluate.coco import NAMES
 
@@ -21,11 +20,8 @@ _spec.loader.exec_module(cases)
 
 def launch(out: Path, processes: int) -> list[dict]:
     """What each process wrote."""
-    many = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else ["--num_processes", "1"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *many, "--main_process_port", "0"]
-    config = ["--config_file", str(ROOT / "accelerate_config.yaml"), "--mixed_precision", "no"]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, *config, str(SCRIPT), str(out)], env=env, capture_output=True, text=True)
+    done = warm.run([str(SCRIPT), str(out)], env=env, processes=processes if processes > 1 else 0)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(processes)]
 

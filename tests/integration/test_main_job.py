@@ -30,7 +30,8 @@ wandb_file = _helper(HERE.parent / "monitor/wandb_file.py")
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("main_job")
-    done = runs.launch(folder, *runs.TINY, "name=a", "log.wandb.enabled=true", "log.wandb.mode=offline")
+    arguments = [*runs.TINY, "name=a", "log.wandb.enabled=true", "log.wandb.mode=offline"]
+    done = runs.launch(folder, *arguments, launcher=[*runs.REAL, "1"])
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return folder, done
 
@@ -74,7 +75,7 @@ def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(finished):
     assert whole.returncode == 0, whole.stderr[-3000:]
     half = runs.launch(folder, *short, "schedule.kind=constant", "schedule.steps=2", "name=halves")
     assert half.returncode == 0, half.stderr[-3000:]
-    again = runs.launch(folder, *short, *constant, "name=halves", "--resume")
+    again = runs.launch(folder, *short, *constant, "name=halves", "--resume", launcher=[*runs.REAL, "1"])
     assert again.returncode == 0, again.stderr[-3000:]
     a, b = (load_file(folder / "runs" / n / "checkpoints" / "last" / "raw.safetensors") for n in ("whole", "halves"))
     assert all((a[k] == b[k]).all() for k in a), "resumed in the middle of an epoch, after window 2 of 3"
@@ -165,7 +166,7 @@ def test_one_checkpoint_gives_the_same_numbers_on_one_process_and_on_two(tmp_pat
 @pytest.mark.law1
 def test_two_processes_start_like_one_and_count_each_image_once(finished):
     folder, _ = finished
-    two = runs.launch(folder, *runs.TINY, "name=two", processes=2)
+    two = runs.launch(folder, *runs.TINY, "name=two", launcher=[*runs.REAL, "2"])
     assert two.returncode == 0, two.stdout[-2000:] + two.stderr[-3000:]
     one_rows, two_rows = (runs.rows(folder / "runs" / n / "metrics.jsonl") for n in ("a", "two"))
     assert one_rows[0]["train/loss"] == pytest.approx(two_rows[0]["train/loss"], rel=1e-2)  # batch statistics

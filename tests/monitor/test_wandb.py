@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 from detr_accel.monitor.wandb_sink import decide_mode, tracker_kwargs
 from detr_accel.structures import UserError
@@ -25,15 +26,10 @@ def launch(folder: Path, processes: int = 1, extra: tuple[str, ...] = (), **env:
     folder.mkdir(parents=True, exist_ok=True)
     clean = {k: v for k, v in os.environ.items() if k not in KEYS}
     clean |= {"HOME": str(folder), "NETRC": str(folder / "netrc"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT)]
     if processes > 1:
         clean["ACCELERATE_USE_CPU"] = "true"
-        start = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-        command = [*start, "--main_process_port", "0", str(SCRIPT)]
-    command += [str(folder / "runs" / "small"), "30", "0", *extra]
-    done = subprocess.run(
-        command, env=clean | env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=200
-    )
+    program = [str(SCRIPT), str(folder / "runs" / "small"), "30", "0", *extra]
+    done = warm.run(program, env=clean | env, processes=processes if processes > 1 else 0, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+import warm
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).with_name("injected.py")
@@ -18,12 +17,9 @@ ROOT = Path(__file__).parents[2]
 def launch(folder: Path, processes: int, scenarios: list[dict]) -> Path:
     """All scenarios in one launch; returns the folder of their runs."""
     (folder / "scenarios.json").write_text(json.dumps(scenarios))
-    many = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else ["--num_processes", "1"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *many, "--main_process_port", "0"]
-    config = ["--config_file", str(ROOT / "accelerate_config.yaml"), "--mixed_precision", "no"]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [*command, *config, str(SCRIPT), str(folder), str(folder / "scenarios.json")]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=290)
+    program = [str(SCRIPT), str(folder), str(folder / "scenarios.json")]
+    done = warm.run(program, env=env, processes=processes if processes > 1 else 0, timeout=290)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return folder
 

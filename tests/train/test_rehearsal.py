@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from PIL import Image
 
 from detr_accel import cli, data
@@ -24,6 +25,7 @@ FAULTS = Path(__file__).with_name("rehearsal_faults.py")
 _spec = importlib.util.spec_from_file_location("runs", ROOT / "tests" / "integration" / "runs.py")
 runs = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(runs)
+PLAIN = Starter.as_started
 SHAPES = ["--recipe", str(ROOT / "recipes/shapes.yaml"), *runs.TINY, "device=cpu", "name=r"]
 
 
@@ -53,7 +55,10 @@ COCO = [*(a for a in SHAPES if not a.startswith("data.shapes")), "data.format=co
 
 def rehearse(capsys, *arguments: str, minutes: float = 0.05) -> tuple[int, str]:
     """Exit code and last words; with everything said on failure of the test."""
-    code = cli.main(["train", "--rehearse", "--rehearse-minutes", str(minutes), *arguments])
+    with pytest.MonkeyPatch.context() as patch:
+        if Starter.as_started == PLAIN:
+            start_as(patch, ["-m", "detr_accel.cli", "train"])
+        code = cli.main(["train", "--rehearse", "--rehearse-minutes", str(minutes), *arguments])
     said = capsys.readouterr()
     print(said.out, said.err)
     verdict = [line for line in said.out.splitlines() if line.startswith(("safe", "not safe"))]
@@ -70,8 +75,19 @@ def refused(result: tuple[int, str], *words: str) -> None:
 
 def broken(monkeypatch, fault: str) -> None:
     """The children are started with a fault in them."""
-    plain = Starter.as_started()
-    starter = Starter([sys.executable, str(FAULTS)], plain.env | {"FAULT": fault})
+    start_as(monkeypatch, [str(FAULTS)], FAULT=fault)
+
+
+def start_as(monkeypatch, program: list[str], **env: str) -> None:
+    """The children are another program, started warm."""
+
+    def kill(child: Child) -> None:
+        plain_kill(child)
+        warm.settle()
+
+    plain_kill = Child.kill
+    monkeypatch.setattr(Child, "kill", kill)
+    starter = Starter([*warm.python(), *program], PLAIN().env | env)
     monkeypatch.setattr(Starter, "as_started", classmethod(lambda cls: starter))
 
 

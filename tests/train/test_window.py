@@ -1,13 +1,12 @@
 """Law 1: the same window gives the same loss and gradient however it is cut."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import warm
 
 from detr_accel.models.losses import _box_sums, image_spread
 from detr_accel.structures import Targets
@@ -18,12 +17,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def launch(out: Path, processes: int, dtype: str) -> dict:
-    many = ["--multi_gpu", "--num_processes", "2"] if processes == 2 else ["--num_processes", "1"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *many, "--main_process_port", "0"]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    config = ["--config_file", str(ROOT / "accelerate_config.yaml"), "--mixed_precision", "no"]
-    command = [*command, *config, str(SCRIPT), str(out), dtype]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    done = warm.run([str(SCRIPT), str(out), dtype], env=env, processes=processes if processes > 1 else 0)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out, weights_only=False)
 
