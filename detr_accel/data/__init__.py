@@ -12,7 +12,7 @@ from PIL import Image
 from detr_accel.data import augment, cache, check_report, first_recipe, layout, loader, opening
 from detr_accel.data import check as checks
 from detr_accel.data.collate import make_batch
-from detr_accel.data.cost import ImageCost, image_cost
+from detr_accel.data.cost import image_cost
 from detr_accel.data.device import PlannedBatch, ahead
 from detr_accel.data.dirt import Dirt
 from detr_accel.data.geometry import Augmentation, canvas, eval_plan, largest_first, resized, worst_canvas
@@ -24,10 +24,10 @@ from detr_accel.data.sampler import EvalTasks, Task, TrainTasks, shapes_of, shar
 from detr_accel.data.shapes import ShapesSource
 from detr_accel.data.source import Source, Subset
 from detr_accel.recipe import Recipe
-from detr_accel.structures import Batch, UserError
+from detr_accel.structures import Batch, ImageCost, UserError
 
 __all__ = [
-    "Demands", "ImageCost", "ImageFiles", "PlannedBatch", "Source", "Splits", "Subset", "build", "cache_room",
+    "Demands", "ImageFiles", "PlannedBatch", "Source", "Splits", "Subset", "build", "cache_room",
     "check", "check_report", "cost", "demands", "describe", "eval_batches", "eval_source", "first_recipe_for",
     "is_there", "preview", "share", "still_window", "total_windows", "train_windows", "windows_per_epoch",
     "with_cache", "without_lost", "worker_death", "worst_window",

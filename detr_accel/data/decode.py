@@ -7,6 +7,7 @@ a half, a quarter or an eighth of the size in less still. Everything else, and e
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,23 @@ def _check_pixels(size_px: tuple[int, int]) -> None:
         raise ValueError(f"its record says {size_px[1]}x{size_px[0]} pixels, which is too much")
 
 
+_reading = 0.0
+
+
+def seconds_reading() -> float:
+    """What this process has spent on reading files so far."""
+    return _reading
+
+
+def _timed_bytes(path: str | Path) -> bytes:
+    global _reading
+    begun = time.perf_counter()
+    try:
+        return read_bytes(path)
+    finally:
+        _reading += time.perf_counter() - begun
+
+
 def read_bytes(path: str | Path) -> bytes:
     with open(path, "rb") as file:
         return file.read()
@@ -144,7 +162,7 @@ def read_bytes(path: str | Path) -> bytes:
 def _read_jpeg(path: str | Path, size_px: tuple[int, int], at_least_px: tuple[int, int] | None) -> np.ndarray | None:
     """None where Pillow should look: no ordinary JPEG of this size, or something is wrong with it."""
     try:
-        data = read_bytes(path)
+        data = _timed_bytes(path)
         if data[:3] != b"\xff\xd8\xff":
             return None
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)

@@ -11,6 +11,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -18,8 +19,9 @@ from accelerate import Accelerator
 from detr_accel import data, models, monitor
 from detr_accel import recipe as recipes
 from detr_accel.monitor.alarms import Alarm
+from detr_accel.monitor.stopwatch import Stopwatch
 from detr_accel.recipe import Recipe
-from detr_accel.structures import Batch, StepStats, UserError
+from detr_accel.structures import Batch, LoaderTime, StepStats, UserError
 from detr_accel.train import launch, memory_fit, parts, plan, resuming, validation
 from detr_accel.train.agree import everywhere, on_main
 from detr_accel.train.capture import Captures
@@ -142,9 +144,11 @@ def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal
         start_window=state.window, end_window=built.length.total, mean=built.bare.mean, std=built.bare.std,
         micro=state.micro, device=accelerator.device,
     )  # fmt: skip
-    for micro_batches, wait_seconds, failure in _timed(windows):
+    clock = built.runner.clock
+    for micro_batches, wait_seconds, failure in _timed(windows, clock):
         begun = time.perf_counter()
         sinks.phases.watch((state.window + 1) % recipe.log.every == 0 or state.window + 1 == built.length.total)
+        loader = sum((b.spent for b in micro_batches if b.spent is not None), LoaderTime())
         micro_batches, lost = data.without_lost(micro_batches)
         built.optimizer.zero_grad(set_to_none=True)
         micro_batches, result = turn.run(micro_batches, failure)
@@ -158,9 +162,11 @@ def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal
         lr = set_lr(built.optimizer, parts.lr_factor(built, state))
         state.window += 1
         sinks.phases.begin("optimizer")
-        accepted = turn.commit(state, result, micro_batches)
+        with clock.section("optimizer"):
+            accepted = turn.commit(state, result, micro_batches)
         sinks.phases.begin(None)
         stats = _stats(result, state, built.length, lr, accepted, time.perf_counter() - begun, wait_seconds)
+        stats = replace(stats, sections=clock.take(), loader=loader, workers=recipe.data.workers)
         sinks.tick(stats)
         turn.judge(stats)
         if state.window % recipe.log.every == 0 or state.window == built.length.total or not result.finite:
@@ -244,12 +250,12 @@ class _Turn:
         self.commit.settle(state)
         is_best = False
         if evaluation and not result.stop_requested:  # a stop saves first: the evaluation is owed, and due on resume
-            with self.sinks.timed("evaluation"):
+            with self.built.runner.clock.section("evaluation"), self.sinks.timed("evaluation"):
                 is_best = self._validate_or_save(state)
         stopping = result.stop_requested or self.validate.aborted
         over = not stopping and self._is_over()
         if counted or is_best or result.save_requested or stopping or over:
-            with self.sinks.timed("checkpoint"):
+            with self.built.runner.clock.section("checkpoint"), self.sinks.timed("checkpoint"):
                 must = stopping or over or state.window == length.total
                 self.save(state, is_best=is_best, counted=counted or is_best, must=must)
         if stopping:
@@ -318,14 +324,15 @@ def _write_start(built: Parts, run: RunFolder, state: State) -> None:
     run.status("running", window=state.window)
 
 
-def _timed(windows: Iterator) -> Iterator[tuple[list[Batch], float, str | None]]:
+def _timed(windows: Iterator, clock: Stopwatch) -> Iterator[tuple[list[Batch], float, str | None]]:
     """Each window with the seconds spent waiting for it, or with the words why it could not be loaded: this process
     alone knows, and must not leave the others waiting."""
     while True:
         begun = time.perf_counter()
         micro_batches, failure = [], None
         try:
-            micro_batches = next(windows)
+            with clock.section("wait"):
+                micro_batches = next(windows)
         except StopIteration:
             return
         except UserError as error:

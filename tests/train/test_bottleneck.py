@@ -11,9 +11,10 @@ from PIL import Image
 
 from detr_accel import recipe as recipes
 from detr_accel.cli import main
-from detr_accel.data import ImageCost, decode
+from detr_accel.data import decode
 from detr_accel.data.shapes import ShapesSource
 from detr_accel.models import matcher
+from detr_accel.structures import ImageCost
 from detr_accel.train import bottleneck
 
 _spec = importlib.util.spec_from_file_location("injected_bottleneck", Path(__file__).with_name("injected.py"))
