@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from detr_accel.data import augment, cache, check_report, first_recipe, layout, loader, opening
+from detr_accel.data import augment, cache, check_report, first_recipe, layout, loader, opening, workers
 from detr_accel.data import check as checks
 from detr_accel.data.collate import make_batch
-from detr_accel.data.cost import image_cost
 from detr_accel.data.device import PlannedBatch, ahead
 from detr_accel.data.dirt import Dirt
-from detr_accel.data.geometry import Augmentation, canvas, eval_plan, largest_first, resized, worst_canvas
+from detr_accel.data.geometry import Augmentation, Demands, canvas, eval_plan, largest_first, resized, worst_canvas
 from detr_accel.data.images import ImageFiles
 from detr_accel.data.loader import without_lost, worker_death
 from detr_accel.data.opening import Splits, describe
@@ -23,14 +22,15 @@ from detr_accel.data.preview import epoch_sheet
 from detr_accel.data.sampler import EvalTasks, Task, TrainTasks, shapes_of, share, windows_per_epoch
 from detr_accel.data.shapes import ShapesSource
 from detr_accel.data.source import Source, Subset
+from detr_accel.data.workers import Loading, Room
 from detr_accel.recipe import Recipe
-from detr_accel.structures import Batch, ImageCost, UserError
+from detr_accel.structures import Batch, UserError
 
 __all__ = [
-    "Demands", "ImageFiles", "PlannedBatch", "Source", "Splits", "Subset", "build", "cache_room",
-    "check", "check_report", "cost", "demands", "describe", "eval_batches", "eval_source", "first_recipe_for",
-    "is_there", "preview", "share", "still_window", "total_windows", "train_windows", "windows_per_epoch",
-    "with_cache", "without_lost", "worker_death", "worst_window",
+    "Demands", "ImageFiles", "Loading", "PlannedBatch", "Room", "Source", "Splits", "Subset", "build", "cache_room",
+    "check", "check_report", "demands", "describe", "eval_batches", "eval_source", "first_recipe_for",
+    "is_there", "loading", "preview", "share", "still_window", "total_windows", "train_windows", "windows_per_epoch",
+    "with_cache", "without_lost", "worker_death", "workers", "worst_window",
 ]  # fmt: skip
 
 
@@ -173,6 +173,7 @@ def train_windows(
     std: tuple[float, ...],
     micro: int | None = None,
     device: torch.device | str = "cpu",
+    by: Loading | None = None,
 ) -> Iterator[list[Batch]]:
     """This rank's micro-batches of each window in [start_window, end_window). One may be empty: see ``without_lost``.
 
@@ -184,6 +185,7 @@ def train_windows(
         micro: images per micro-batch, where ``batch.micro`` leaves it open.
         device: where the batches will be used; with ``data.pixels`` there, they come as PlannedBatch, and on a GPU
             their copy is under way.
+        by: loader processes and their queues; None: as ``loading`` settles them.
     Raises:
         UserError: from ``next``: a record is broken, or a worker was ended from outside.
     """
@@ -191,7 +193,8 @@ def train_windows(
     tasks = _tasks(recipe, source, micro, rank, num_ranks, start_window, end_window)
     device = torch.device(device)
     on_device, leave_out = _on_device(recipe, device), recipe.data.on_bad != "stop"
-    stream = loader.batches(source, tasks, **_loading(recipe, mean, std), on_device=on_device, leave_out=leave_out)
+    by = by or loading(recipe, source, micro=micro, num_ranks=num_ranks, device=device)[0]
+    stream = loader.batches(source, tasks, **_how(recipe, by, mean, std), on_device=on_device, leave_out=leave_out)
     return ahead(loader.windows(stream, tasks), device)
 
 
@@ -200,6 +203,39 @@ def _tasks(recipe: Recipe, source: Source, micro: int, rank: int, num_ranks: int
         source, _policy(recipe), recipe.batch.size, micro, recipe.seed, rank, num_ranks, start, end,
         shapes_of(source) if recipe.data.group_by_shape else None, _strong(recipe, len(source)),
     )  # fmt: skip
+
+
+def loading(
+    recipe: Recipe, source: Source, *, micro: int, num_ranks: int, device: torch.device | str,
+    count: int | None = None, room: Room | None = None,
+) -> tuple[Loading, str | None]:  # fmt: skip
+    """Loader processes of a training and what each keeps ready, within data.queue_gib, memory and /dev/shm.
+
+    Args:
+        micro: images of a micro-batch.
+        count: processes, where data.workers is auto and they were measured; None takes the recipe's, or a few.
+        room: of each process, as all agreed on; None: as this one sees it.
+    Returns:
+        and what to say where it is less than was asked for.
+    """
+    d, room = recipe.data, room or workers.room(queue_gib=recipe.data.queue_gib)
+    count = _count(recipe, room) if count is None else count
+    tasks = -(-len(share(recipe.batch.size, 0, num_ranks)) // micro)
+    if not count:
+        return Loading(0, 1), None
+    return workers.within(count, d.prefetch, tasks, task_bytes(recipe, source, micro, torch.device(device)), room)
+
+
+def _count(recipe: Recipe, room: Room) -> int:
+    return room.first if recipe.data.workers == "auto" else recipe.data.workers
+
+
+def task_bytes(recipe: Recipe, source: Source, micro: int, device: torch.device) -> int:
+    """Of the largest micro-batch that can wait in a queue: float32 and mask, or the images as decoded."""
+    if not _on_device(recipe, device):
+        height, width = _with_strong(recipe, worst_canvas(_sizes(source), _policy(recipe)))
+        return micro * height * width * (3 * 4 + 1)
+    return micro * workers.decoded_bytes(_sizes(source), _policy(recipe), _strong(recipe, len(source)))
 
 
 def preview(
@@ -235,8 +271,9 @@ def with_cache(recipe: Recipe, splits: Splits, quiet: bool = False) -> Splits:
         return tqdm(items, "cache", total, disable=True if quiet else None, leave=False, delay=2)
 
     folder = Path(d.cache_folder or _CACHES)
+    building = int(workers.room().cores) if d.workers == "auto" else d.workers
     (train, one), (val, two) = (
-        cache.cached(source, d.cache, folder, workers=d.workers, progress=progress, **how)
+        cache.cached(source, d.cache, folder, workers=building, progress=progress, **how)
         for source, how in _kept(recipe, splits)
     )
     return replace(splits, train=train, val=val, found=[*splits.found, one, two])
@@ -273,15 +310,6 @@ def _kept(recipe: Recipe, splits: Splits) -> list[tuple[Source, dict]]:
     ]
 
 
-def cost(recipe: Recipe, source: Source, mean: tuple[float, ...], std: tuple[float, ...], device) -> ImageCost:
-    """What a loader process spends on a training image."""
-    tasks = TrainTasks(
-        source, _policy(recipe), 4, 4, recipe.seed, 0, 1, 0, min(12, windows_per_epoch(len(source), 4)),
-        strong=_strong(recipe, len(source)),
-    )  # fmt: skip
-    return image_cost(tasks, mean, std, _on_device(recipe, torch.device(device)))
-
-
 def _on_device(recipe: Recipe, device: torch.device) -> bool:
     return recipe.data.pixels == "device" or (recipe.data.pixels == "auto" and device.type == "cuda")
 
@@ -298,18 +326,6 @@ def _with_strong(recipe: Recipe, canvas_px: tuple[int, int]) -> tuple[int, int]:
     strong = _strong(recipe, 1)
     height, width = (0, 0) if strong is None else strong.worst_size(_policy(recipe))
     return max(canvas_px[0], height), max(canvas_px[1], width)
-
-
-@dataclass(frozen=True)
-class Demands:
-    """The largest shapes that a recipe's data can bring. Sizes are (h, w) in pixels."""
-
-    canvas_px: tuple[int, int]  # of a training window
-    most_boxes: int  # in one training image
-    eval_canvas_px: tuple[int, int]
-    num_classes: int
-    num_images: int | None  # in the training split; None: not known
-    assumed: bool  # the data were not there, so these are what any data could bring
 
 
 def is_there(recipe: Recipe) -> bool:
@@ -373,17 +389,23 @@ def eval_batches(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     keep_faults: bool = False,
+    count: int | None = None,
 ) -> Iterator[Batch | UserError]:
     """This rank's batches of a split: each image once over all ranks, in batches that do not depend on their number.
     Images that cannot be read are in no batch but in its ``lost``, unless ``data.on_bad`` is to stop.
 
     Args:
         keep_faults: yield the error of a broken image in the place of its batch, and go on.
+        count: loader processes, where data.workers is auto and they were measured.
     """
-    d = recipe.data
+    d, room = recipe.data, workers.room(queue_gib=recipe.data.queue_gib)
     tasks = EvalTasks(source, recipe.evaluate.batch, d.eval_size, d.eval_max_size, rank, num_ranks)
     leave_out = recipe.data.on_bad != "stop" and not keep_faults
-    return loader.batches(source, tasks, **_loading(recipe, mean, std), keep_faults=keep_faults, leave_out=leave_out)
+    sizes = [eval_plan(s, d.eval_size, d.eval_max_size).size_px for s in {*_sizes(source)}]
+    canvas_px = max((h for h, _ in sizes), default=1) * max((w for _, w in sizes), default=1)
+    count = _count(recipe, room) if count is None else count
+    by, _ = workers.within(count, d.prefetch, 1, recipe.evaluate.batch * canvas_px * (3 * 4 + 1), room)
+    return loader.batches(source, tasks, **_how(recipe, by, mean, std), keep_faults=keep_faults, leave_out=leave_out)
 
 
 def still_window(
@@ -410,11 +432,11 @@ def still_window(
     return [make_batch(source, task, tuple(mean), tuple(std)) for task in tasks]
 
 
-def _loading(recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...]) -> dict:
+def _how(recipe: Recipe, by: Loading, mean: tuple[float, ...], std: tuple[float, ...]) -> dict:
     return {
         "mean": tuple(mean),
         "std": tuple(std),
-        "workers": recipe.data.workers,
-        "prefetch": recipe.data.prefetch,
+        "workers": by.workers,
+        "prefetch": by.prefetch,
         "pin_memory": recipe.device == "auto" and torch.cuda.is_available(),
     }

@@ -1,19 +1,15 @@
-"""What a loader process spends on an image: noted beside each batch, or measured in this process."""
+"""What a loader process spends on its images, noted beside each batch."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from itertools import islice
-
-import torch
 
 from detr_accel.data import decode
-from detr_accel.data.collate import make_batch, plan_batch
 from detr_accel.data.device import PlannedBatch
-from detr_accel.data.sampler import Task, TrainTasks
+from detr_accel.data.sampler import Task
 from detr_accel.data.source import Source
-from detr_accel.structures import Batch, ImageCost, LoaderTime
+from detr_accel.structures import Batch, LoaderTime
 
 
 class _Timed:
@@ -59,20 +55,3 @@ class TimedMaking:
             sum(h * w for h, w in needs),
         )  # fmt: skip
         return batch
-
-
-def image_cost(tasks: TrainTasks, mean: tuple[float, ...], std: tuple[float, ...], on_device: bool) -> ImageCost:
-    """Reads, decodes and works on a few micro-batches as a worker would.
-
-    Args:
-        tasks: of a few windows.
-        on_device: pixels are worked on elsewhere; then what is left here is handing over.
-    """
-    make = TimedMaking(tasks.source, plan_batch if on_device else make_batch)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in a worker
-    try:
-        some = list(islice(tasks, 1, 12)) or list(tasks)
-        return sum((make(task, mean, std).spent for task in some), LoaderTime()).per_image()
-    finally:
-        torch.set_num_threads(threads)

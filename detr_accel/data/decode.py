@@ -137,21 +137,21 @@ def _check_pixels(size_px: tuple[int, int]) -> None:
         raise ValueError(f"its record says {size_px[1]}x{size_px[0]} pixels, which is too much")
 
 
-_reading = 0.0
+_read_seconds = 0.0
 
 
 def seconds_reading() -> float:
     """What this process has spent on reading files so far."""
-    return _reading
+    return _read_seconds
 
 
 def _timed_bytes(path: str | Path) -> bytes:
-    global _reading
+    global _read_seconds
     begun = time.perf_counter()
     try:
         return read_bytes(path)
     finally:
-        _reading += time.perf_counter() - begun
+        _read_seconds += time.perf_counter() - begun
 
 
 def read_bytes(path: str | Path) -> bytes:

@@ -6,7 +6,6 @@ on a GPU waits for the device at each turn and so slows the training that is mea
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -19,14 +18,15 @@ from detr_accel.monitor import feeding, memory
 from detr_accel.monitor.feeding import Feed, Verdict
 from detr_accel.monitor.stopwatch import Stopwatch
 from detr_accel.recipe import Recipe
-from detr_accel.structures import Batch, ImageCost, UserError
+from detr_accel.structures import Batch, ImageCost, LoaderTime, UserError
 from detr_accel.train import launch, memory_fit, parts
 from detr_accel.train.checkpoint import State
+from detr_accel.train.feeder import Feeder
 from detr_accel.train.parts import Parts
 
 SECTIONS = ("wait", "copy", "forward", "matcher", "loss", "backward", "reduce", "optimizer", "evaluation", "other")
 WORTH = 0.15  # a share of the time below which nothing is said about it
-WARM_WINDOWS = 2
+WARM_WINDOWS = 3
 
 
 @dataclass
@@ -40,6 +40,7 @@ class Findings:
     images_per_second: float
     peak_gib: float
     verdict: Verdict
+    said: str = ""  # about the loader
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -55,6 +56,7 @@ class Findings:
             f"in each of {self.workers} loader processes, ms per image: read {1e3 * i.read:.1f}, decode "
             f"{1e3 * i.decode:.1f}, pixels {1e3 * i.pixels:.1f}",
         ]
+        rows += [self.said] if self.said else []
         return "\n".join([*rows, f"verdict: {self.verdict.text}"])
 
 
@@ -74,14 +76,15 @@ def look(recipe: Recipe, seconds: float = 60.0) -> Findings:
     if state.micro is None:
         state.micro, state.checkpointed, _ = memory_fit.fit(built, "auto", recipe.model.activation_checkpointing)
     parts.prepare(built)
-    cost = data.cost(recipe, splits.train, built.bare.mean, built.bare.std, accelerator.device)
-    spent, windows, images = _train(built, state, seconds)
+    spent, windows, images, loader, said = _train(built, state, seconds)
+    cost = loader.per_image()
     spent["evaluation"] = _evaluation(built, seconds / 4) * _evaluations(recipe) / built.length.per_epoch
     ordered = {name: spent.get(name, 0.0) for name in SECTIONS}
-    verdict = judge(recipe, ordered, cost, recipe.data.workers, os.cpu_count() or 1, images / windows)
+    cores = max(1, int(data.workers.room().cores))
+    verdict = judge(recipe, ordered, cost, built.workers, cores, images / windows)
     return Findings(
-        ordered, cost, recipe.data.workers, windows, images / windows / sum(ordered.values()),
-        memory.peak_gib(accelerator.device), verdict,
+        ordered, cost, built.workers, windows, images / windows / sum(ordered.values()),
+        memory.peak_gib(accelerator.device), verdict, said,
     )  # fmt: skip
 
 
@@ -90,21 +93,20 @@ def _evaluations(recipe: Recipe) -> float:
     return 1 / recipe.evaluate.every_epochs
 
 
-def _train(built: Parts, state: State, seconds: float) -> tuple[dict[str, float], int, float]:
-    """Seconds per window by section, windows seen, and their images."""
-    clock, accelerator, o = Stopwatch(built.accelerator.device), built.accelerator, built.recipe.optim
+def _train(built: Parts, state: State, seconds: float) -> tuple[dict[str, float], int, float, LoaderTime, str]:
+    """Seconds per window by section, windows seen, their images, what making all of them took, and what is said
+    about the loader."""
+    clock, o = Stopwatch(built.accelerator.device), built.recipe.optim
     built.runner.clock = clock
-    stream = data.train_windows(
-        built.recipe, built.splits.train, rank=0, num_ranks=1, start_window=0, end_window=built.length.total,
-        mean=built.bare.mean, std=built.bare.std, micro=state.micro, device=accelerator.device,
-    )  # fmt: skip
-    begun, windows, images = time.perf_counter(), 0, 0
+    stream = Feeder(built, 0, state.micro, skipped=1, measured=WARM_WINDOWS - 1)
+    begun, windows, images, loader, told = time.perf_counter(), 0, 0, LoaderTime(), "\n".join(stream.said)
     try:
         while True:
             with clock.section("wait"):
                 batches = next(stream, None)
             if batches is None:
                 break
+            begun_window = time.perf_counter()
             with clock.section("other"):
                 built.optimizer.zero_grad(set_to_none=True)
                 result = built.runner.run(batches)
@@ -116,6 +118,9 @@ def _train(built: Parts, state: State, seconds: float) -> tuple[dict[str, float]
                     if built.ema is not None:
                         built.ema.update(built.bare)
             windows, images = windows + 1, images + result.num_images
+            spent = sum((b.spent for b in batches if b.spent is not None), LoaderTime())
+            told = stream.seen(spent, time.perf_counter() - begun_window) or told
+            loader += spent
             if windows == WARM_WINDOWS:  # workers start, kernels are chosen
                 clock.take()
                 begun, counted, seen = time.perf_counter(), windows, images
@@ -125,7 +130,7 @@ def _train(built: Parts, state: State, seconds: float) -> tuple[dict[str, float]
         stream.close()
     if windows <= WARM_WINDOWS:
         raise UserError(f"the run has {windows} windows, too few to look at: raise schedule.epochs")
-    return {k: v / (windows - counted) for k, v in clock.take().items()}, windows - counted, images - seen
+    return {k: v / (windows - counted) for k, v in clock.take().items()}, windows - counted, images - seen, loader, told
 
 
 def _evaluation(built: Parts, seconds: float) -> float:

@@ -29,6 +29,7 @@ RULES = {
     "data.on_bad": SAFE,  # what it leaves out is in the data's fingerprint
     "data.workers": SAFE,
     "data.prefetch": SAFE,
+    "data.queue_gib": SAFE,
     "data.cache": SAFE,
     "data.cache_folder": SAFE,
     "data.pixels": SAFE,  # the same pictures to one of 255 steps

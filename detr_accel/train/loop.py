@@ -27,6 +27,7 @@ from detr_accel.train.agree import everywhere, on_main
 from detr_accel.train.capture import Captures
 from detr_accel.train.checkpoint import State
 from detr_accel.train.commit import Commit
+from detr_accel.train.feeder import Feeder
 from detr_accel.train.lost import Roll
 from detr_accel.train.lost_images import LostImages
 from detr_accel.train.optim import set_lr
@@ -133,18 +134,15 @@ def _fit(built: Parts, state: State) -> list[str]:
 
 
 def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal) -> bool:
-    recipe, accelerator, train_split = built.recipe, built.accelerator, built.splits.train
+    recipe = built.recipe
     turn = _Turn(built, run, state, sinks, stop)
     if not turn.begin():
         return turn.over
     if state.window >= built.length.total:
         sinks.say(f"already done: {state.window} of {built.length.total} windows; a longer schedule.epochs goes on")
-    windows = data.train_windows(
-        recipe, train_split, rank=accelerator.process_index, num_ranks=accelerator.num_processes,
-        start_window=state.window, end_window=built.length.total, mean=built.bare.mean, std=built.bare.std,
-        micro=state.micro, device=accelerator.device,
-    )  # fmt: skip
-    clock = built.runner.clock
+    windows, clock = Feeder(built, state.window, state.micro), built.runner.clock
+    for line in windows.said:
+        sinks.say(line)
     for micro_batches, wait_seconds, failure in _timed(windows, clock):
         begun = time.perf_counter()
         sinks.phases.watch((state.window + 1) % recipe.log.every == 0 or state.window + 1 == built.length.total)
@@ -166,13 +164,16 @@ def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal
             accepted = turn.commit(state, result, micro_batches)
         sinks.phases.begin(None)
         stats = _stats(result, state, built.length, lr, accepted, time.perf_counter() - begun, wait_seconds)
-        stats = replace(stats, sections=clock.take(), loader=loader, workers=recipe.data.workers)
+        stats = replace(stats, sections=clock.take(), loader=loader, workers=windows.by.workers)
         sinks.tick(stats)
         turn.judge(stats)
         if state.window % recipe.log.every == 0 or state.window == built.length.total or not result.finite:
             sinks.log(stats)
         if not turn.after(result):
             return turn.over
+        told = windows.seen(loader, stats.seconds - stats.wait_seconds)
+        if told is not None:
+            sinks.say(told)
     return True
 
 
@@ -185,7 +186,8 @@ class _Turn:
         self.save = Saver(built, run, sinks)
         self.commit = Commit(built, run, sinks, Captures(built, run.path / "captures"))
         self.alarms = monitor.build_alarms(
-            built.recipe, state.alarms, len(built.splits.train), built.accelerator.device
+            built.recipe, state.alarms, len(built.splits.train), built.accelerator.device,
+            cores=max(1, int(data.workers.room().cores)),
         )
         self.account = LostImages(built, state, sinks)
         self.over = False  # early stopping ended the run
