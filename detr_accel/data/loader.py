@@ -23,8 +23,8 @@ from detr_accel.data.source import Source
 from detr_accel.structures import Batch, Lost, UserError
 
 _MOST_LIKELY = (
-    "most often for lack of memory or shared memory: lower data.workers, data.prefetch or batch.micro (in a container, "
-    "give more with --shm-size)"
+    "most often for lack of memory or shared memory: lower data.workers, data.queue_gib or batch.micro (in a "
+    "container, give more with --shm-size)"
 )
 _GRACE_SECONDS = 30
 _ORPHAN_SECONDS = 1.0

@@ -83,7 +83,7 @@ class Feeder:
         if self.by != before:
             self._stream.close()
             self._stream = self._open()
-        sum_ = f"{MARGIN:g} x {images:.3g} images x {1e3 * cost.total:.3g} ms / {1e3 * seconds:.3g} ms of a window"
+        sum_ = f"{MARGIN:g} x {images:.3g} images x {1e3 * cost.total:.1f} ms / {1e3 * seconds:.0f} ms of a window"
         bound = f", and {self.room.cores:.3g} cores and the memory leave room for {most}" if needed > most else ""
         text = f"loader: data.workers auto is {self.by.workers}, each with {self.by.prefetch} micro-batches ready"
         text += f": {sum_} = {needed} needed{bound}"

@@ -64,7 +64,7 @@ def test_whatever_is_chosen_the_windows_are_the_same_bit_for_bit(built):
     found, told = drive(feed, LoaderTime(decode=0.8, images=8), 0.25)
     assert (feed.by.workers, built.workers) == (4, 4), "1.2 x 0.8 / 0.25 = 3.84"
     assert [t is not None for t in told] == [False] * 3 + [True] + [False] * 6
-    assert "1.2 x 8 images x 100 ms / 250 ms of a window = 4 needed" in told[3] and "\n" not in told[3]
+    assert "1.2 x 8 images x 100.0 ms / 250 ms of a window = 4 needed" in told[3] and "\n" not in told[3]
     assert len(found) == 10 and all(torch.equal(a, b) for a, b in zip(found, reference, strict=True))
     again, _ = drive(Feeder(built, 6, 4, skipped=1, measured=1), LoaderTime(decode=0.001, images=8), 1.0)
     assert built.workers == 1, "a resume may choose otherwise"
