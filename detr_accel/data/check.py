@@ -17,7 +17,7 @@ from detr_accel.data.coco import CocoSource, clip
 from detr_accel.data.dirt import EXAMPLES, KINDS, Dirt, Kind
 from detr_accel.data.geometry import resized
 
-_TRAINED, _AS_IT_IS = "trained on as it is", "nothing"
+_KEPT = "kept as it is"
 
 # what only a look at the whole, or at the pixels, can tell; the kinds of dirt.py come first
 CHECKS: dict[str, Kind] = {
@@ -28,21 +28,21 @@ CHECKS: dict[str, Kind] = {
     "image.mode": Kind("images in an odd pixel format", "made RGB", stops=False),
     "image.named": Kind("files that are not what their name says", "read as what they are", stops=False),
     "image.huge": Kind("images far larger than the rest", "read whole and resized, slowly", stops=False),
-    "image.blank": Kind("images of one colour", _TRAINED, stops=False),
-    "image.copy": Kind("images that are the same, pixel for pixel, as another", _TRAINED, stops=False),
+    "image.blank": Kind("images of one colour", _KEPT, stops=False),
+    "image.copy": Kind("images that are the same, pixel for pixel, as another", _KEPT, stops=False),
     "image.leak": Kind(
         "images that are in the training split, too", "both used: the figures flatter", stops=False, harm=True
     ),
     "image.queries": Kind("images with more objects than queries", "some cannot be found", stops=False, harm=True),
-    "box.small": Kind("boxes smaller than half of the model's stride", "trained on, hard to find", stops=False),
-    "box.overlap": Kind("boxes nearly on top of one of their class (IoU above 0.9)", _TRAINED, stops=False),
+    "box.small": Kind("boxes smaller than half of the model's stride", "kept, though hard to find", stops=False),
+    "box.overlap": Kind("boxes nearly on top of one of their class (IoU above 0.9)", _KEPT, stops=False),
     "category.names": Kind(
         "category names that the training json lacks, or has alone", "training does not start", harm=True
     ),
     "category.unused": Kind("categories without a box", "learned as never there", stops=False),
-    "category.one_box": Kind("categories with one box", _TRAINED, stops=False),
+    "category.one_box": Kind("categories with one box", _KEPT, stops=False),
     "category.unseen": Kind("categories that only another split shows", "never learned", stops=False, harm=True),
-    "category.balance": Kind("boxes of the largest class for one of the smallest", _AS_IT_IS, stops=False),
+    "category.balance": Kind("boxes of the largest class for one of the smallest", "learned so", stops=False),
 }  # fmt: skip
 ALL = KINDS | CHECKS
 HUGE = 10  # times the pixels of the median image

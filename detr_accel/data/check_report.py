@@ -18,6 +18,7 @@ from detr_accel.data.dirt import printable
 from detr_accel.structures import UserError, writing
 
 _THUMB = 220  # px, the longer side
+_SEEN = 12  # px
 _PICTURES = 4  # of one finding
 _MOST_PICTURES = 60  # on a page
 _MOST_CLASSES = 30  # in the text; the page has all
@@ -30,7 +31,7 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 section { border-left: 4px solid #9a9a9a; padding: .1rem 0 .4rem .9rem; margin: 1.2rem 0; }
 section.harm { border-color: #c0392b; }
 .what { font-weight: 600; } .does { color: #555; } ul { margin: .3rem 0; padding-left: 1.2rem; color: #444; }
-li, td { overflow-wrap: anywhere; }
+li, td { overflow-wrap: anywhere; } td.name { white-space: nowrap; }
 figure { display: inline-block; margin: .4rem .8rem .4rem 0; vertical-align: top; width: 220px; }
 figcaption { font-size: .75rem; color: #555; overflow-wrap: anywhere; } img { max-width: 220px; }
 .ok { color: #1e7d3c; } .no { color: #c0392b; } .bar { background: #4477aa; height: .7rem; display: inline-block; }
@@ -106,7 +107,10 @@ def page(report: Report, title: str) -> str:
         places = list(dict.fromkeys(f.places))[: min(_PICTURES, left)]
         left -= len(places)
         sections.append(_section(f, [_figure(path, box, boxes.of(path)) for path, box in places]))
-    rows = "".join(f"<tr><td>{escape(n)}</td><td>{escape(_about(a))}</td></tr>" for n, a in report.splits.items())
+    rows = "".join(
+        f'<tr><td class="name">{escape(name)}</td><td>{escape(_about(about))}</td></tr>'
+        for name, about in report.splits.items()
+    )
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}: data</title>'
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>'
@@ -167,7 +171,7 @@ def _figure(path: str, box: tuple[float, ...] | None, known: tuple | None) -> st
         shown = f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}">'
     except (UserError, OSError, ValueError, OverflowError, MemoryError):
         shown = '<span class="none">cannot be shown</span>'
-    text = Path(path).name + (f", box {', '.join(f'{v:g}' for v in box)}" if box else "")
+    text = Path(path).name + (f", box {', '.join(f'{v:.5g}' for v in box)}" if box else "")
     return f"<figure>{shown}<figcaption>{escape(text)}</figcaption></figure>"
 
 
@@ -186,6 +190,9 @@ def _thumbnail(path: str, box: tuple[float, ...] | None, known: tuple | None) ->
     if box is not None:
         x, y, w, h = (max(-1e4, min(1e4, v * scale)) for v in box)
         canvas.rectangle(_ordered([x, y, x + w, y + h]), outline=(230, 40, 40), width=2)
+        if max(abs(w), abs(h)) < _SEEN:  # a ring around what is too small to be seen
+            cx, cy = x + w / 2, y + h / 2
+            canvas.ellipse([cx - _SEEN, cy - _SEEN, cx + _SEEN, cy + _SEEN], outline=(230, 40, 40), width=2)
     return picture
 
 
