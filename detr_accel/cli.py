@@ -240,7 +240,8 @@ def _check_data(args, overrides) -> int:
     elif overrides:
         raise UserError(f"{args.data} is a folder, and {overrides[0]} needs a recipe to belong to: give a YAML file")
     else:
-        recipe = recipes.Recipe.model_validate({"data": {"root": args.data}})
+        folder = {"root": args.data, "format": data.format_of(Path(args.data))}
+        recipe = recipes.Recipe.model_validate({"data": folder})
     if args.preview:
         print(_preview(recipe, args))
         return 0

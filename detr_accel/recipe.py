@@ -17,10 +17,10 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from detr_accel.recipe_augment import Augment, Fraction, Positive, Section
+from detr_accel.recipe_augment import Augment
+from detr_accel.recipe_parts import NO_STREAM, Fraction, Hub, Positive, Section, Text
 from detr_accel.structures import UserError
 
-Text = Annotated[str, Field(min_length=1)]
 Watched = Literal["AP", "AP50", "AP75", "AR100", "loss"]
 
 
@@ -44,10 +44,13 @@ class Shapes(Section):
 class Data(Section):
     """Where the images are and how they are read."""
 
-    format: Literal["coco", "shapes"] = "coco"
-    """``coco``: a folder with images and annotation json. ``shapes``: made on the fly, nothing to download."""
+    format: Literal["coco", "hub", "shapes"] = "coco"
+    """``coco``: a folder with images and annotation json. ``hub``: a Hugging Face data set, on the Hub or on disk.
+    ``shapes``: made on the fly, nothing to download."""
     root: Text | None = None
     """Folder of the data set. The usual layouts are found without being told."""
+    hub: Hub = Hub()
+    """A Hugging Face data set."""
     train_images: Text | None = None
     """Image folder of the training split, absolute or relative to root; found by itself when left out."""
     train_annotations: Text | None = None
@@ -57,7 +60,7 @@ class Data(Section):
     val_annotations: Text | None = None
     """As train_annotations, for the validation split."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of the images kept for validation when there is a single json; the split is drawn by seed and saved."""
+    """Share of the images kept for validation when there is a single json or split; drawn by seed and saved."""
     on_bad: Literal["mend", "drop", "stop"] = "mend"
     """What happens to records and images that are odd or broken. ``mend``: repaired where nothing has to be guessed,
     else left out. ``drop``: left out. ``stop``: the run ends with a sentence about the first one. What was mended or
@@ -415,6 +418,15 @@ class Recipe(Section):
         backbone = self.model.backbone
         if self.data.format == "coco" and self.data.root is None and self.data.train_annotations is None:
             raise ValueError("data.root is not set: give the folder of the data set, for example data.root=/data/coco")
+        if self.data.format == "hub" and (self.data.root is None) == (self.data.hub.name is None):
+            raise ValueError("set one of data.hub.name (a set on the Hub) and data.root (a folder or .parquet file)")
+        augment = self.data.augment
+        needs_all = (
+            self.data.group_by_shape or self.data.cache != "none" or self.evaluate.train_images not in (0, "auto")
+            or augment.mosaic.probability > 0 or augment.mixup.probability > 0
+        )  # fmt: skip
+        if self.data.format == "hub" and self.data.hub.streaming and needs_all:
+            raise ValueError(NO_STREAM)
         if backbone.weights == "none" and self.model.init_from is None and backbone.norm == "frozen":
             raise ValueError(
                 "model.backbone.norm is frozen while model.backbone.weights is none: frozen statistics on random "

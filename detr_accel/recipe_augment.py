@@ -7,16 +7,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+from detr_accel.recipe_parts import Fraction, Positive, Section
+
 Factor = Annotated[float, Field(ge=0, le=4)]
 Above = Annotated[float, Field(gt=0, le=8)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, protected_namespaces=())
 
 
 class Scheduled(Section):

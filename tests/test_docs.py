@@ -14,9 +14,15 @@ from pathlib import Path
 
 import pytest
 
-_spec = importlib.util.spec_from_file_location("runs", Path(__file__).parent / "integration" / "runs.py")
-runs = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(runs)
+
+def _load(path: str):
+    spec = importlib.util.spec_from_file_location(Path(path).stem, Path(__file__).parent / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+runs, hub_sets = _load("integration/runs.py"), _load("data/hub_sets.py")
 ROOT = runs.ROOT
 
 TEXTS = [
@@ -24,6 +30,7 @@ TEXTS = [
     "docs/overfitting.md", "docs/speed.md", "docs/rehearsal.md", "docs/augmentation.md",
 ]  # fmt: skip
 NOT_RUN = {
+    "data.hub.name=USER/SET": "needs the network; tests/data/test_hub.py holds the refusal without one",
     "make train": "installs the whole environment; .ci/run does",
     "make test": "this is it",
     "source .venv/bin/activate": "the environment of this test is another",
@@ -53,6 +60,7 @@ def place(tmp_path):
         shutil.copytree(source, folder / name) if source.is_dir() else shutil.copy(source, folder / name)
     runs.coco_folder(folder / "mine")
     runs.coco_folder(folder / "other-folder")
+    hub_sets.parquet(folder / "mine", folder / "hub-set", shards=4)
     shutil.copytree(folder / "mine" / "val", folder / "photos")
     bin_folder = folder / "bin"
     bin_folder.mkdir()
@@ -74,7 +82,7 @@ def run(place: Path, command: str) -> None:
         command += " " + " ".join(f"'{a}'" for a in SMALL if a.partition("=")[0] not in said)
     env = {
         **os.environ, "PATH": f"{place / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true", "MASTER_PORT": "0",
+        "ACCELERATE_USE_CPU": "true", "MASTER_PORT": "0", "HF_DATASETS_CACHE": str(place / "cache"),
     }  # fmt: skip
     done = subprocess.run(["bash", "-c", command], cwd=place, env=env, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, f"{command}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"

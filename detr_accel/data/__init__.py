@@ -9,29 +9,49 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from detr_accel.data import augment, cache, check_report, first_recipe, layout, loader, opening, workers
+from detr_accel.data import cache, check_report, first_recipe, hub_opening, layout, loader, opening, stream, workers
 from detr_accel.data import check as checks
 from detr_accel.data.collate import make_batch
 from detr_accel.data.device import PlannedBatch, ahead
 from detr_accel.data.dirt import Dirt
-from detr_accel.data.geometry import Augmentation, Demands, canvas, eval_plan, largest_first, resized, worst_canvas
+from detr_accel.data.geometry import Demands, canvas, eval_plan, largest_first, resized
+from detr_accel.data.hub import Where
+from detr_accel.data.hub_columns import Columns
 from detr_accel.data.images import ImageFiles
+from detr_accel.data.layout import format_of
 from detr_accel.data.loader import without_lost, worker_death
 from detr_accel.data.opening import Splits, describe
 from detr_accel.data.preview import epoch_sheet
+from detr_accel.data.read_ahead import Ahead
 from detr_accel.data.sampler import EvalTasks, Task, TrainTasks, shapes_of, share, windows_per_epoch
 from detr_accel.data.shapes import ShapesSource
+from detr_accel.data.sizes import (
+    _count,
+    _on_device,
+    _policy,
+    _sizes,
+    _strong,
+    demands,
+    loading,
+    task_bytes,
+    total_windows,
+    worst_window,
+)  # fmt: skip
 from detr_accel.data.source import Source, Subset
+from detr_accel.data.stream import FirstRows, StreamSource, StreamTasks
 from detr_accel.data.workers import Loading, Room
 from detr_accel.recipe import Recipe
 from detr_accel.structures import Batch, UserError
 
 __all__ = [
-    "Demands", "ImageFiles", "Loading", "PlannedBatch", "Room", "Source", "Splits", "Subset", "build", "cache_room",
-    "check", "check_report", "demands", "describe", "eval_batches", "eval_source", "first_recipe_for",
-    "is_there", "loading", "preview", "share", "still_window", "total_windows", "train_windows", "windows_per_epoch",
-    "with_cache", "without_lost", "worker_death", "workers", "worst_window",
+    "Demands", "ImageFiles", "Loading", "PlannedBatch", "Room", "Source", "Splits", "StreamSource", "Subset",
+    "all_share", "build", "cache_room", "check", "check_report", "demands", "describe", "eval_batches", "eval_source",
+    "first_recipe_for", "format_of", "in_any_order", "is_there", "loading", "preview", "share", "still_window",
+    "task_bytes", "total_windows", "train_windows", "who_reads_what", "windows_per_epoch", "with_cache",
+    "without_lost", "worker_death", "workers", "worst_window",
 ]  # fmt: skip
+
+_TASKS_AHEAD = 16  # micro-batches of a stream, encoded
 
 
 def build(recipe: Recipe, split_json: dict | None = None, max_val_images: int | None = None) -> Splits:
@@ -87,7 +107,23 @@ def _build_coco(recipe: Recipe, split_json: dict | None) -> Splits:
     return Splits(train, val, lines)
 
 
-_FORMATS = {"coco": _build_coco, "shapes": _build_shapes}
+def _build_hub(recipe: Recipe, split_json: dict | None) -> Splits:
+    h = recipe.data.hub
+    if h.streaming:
+        return hub_opening.streamed(_asked(recipe), h.length, h.block, h.lanes)
+    return hub_opening.whole(_asked(recipe), split_json, recipe.data.val_fraction, recipe.seed)
+
+
+def _asked(recipe: Recipe) -> hub_opening.Asked:
+    h, root = recipe.data.hub, Path(recipe.data.root or ".").expanduser()
+    return hub_opening.Asked(
+        Where(h.name or str(root), h.config, h.revision),
+        Columns(h.image, h.objects, h.box, h.category, h.box_format, tuple(h.class_names)),
+        h.train_split, h.val_split, recipe.data.on_bad,
+    )  # fmt: skip
+
+
+_FORMATS = {"coco": _build_coco, "hub": _build_hub, "shapes": _build_shapes}
 
 
 def eval_source(
@@ -108,6 +144,8 @@ def eval_source(
     if folder is None and (recipe.data.format != "coco" or wanted in ("train", "val")):
         if recipe.data.format == "shapes":
             return _shapes(recipe, wanted)
+        if recipe.data.format == "hub" and (wanted == "test" or recipe.data.hub.streaming):
+            return hub_opening.split_named(_asked(recipe), wanted)
         return getattr(build(recipe, split_json), wanted)
     root = Path(folder if folder is not None else recipe.data.root or ".").expanduser()
     found = layout.find_jsons(root)
@@ -131,34 +169,16 @@ def check(
     Raises:
         UserError: there is no data set.
     """
-    if recipe.data.format != "coco":
-        raise UserError(f"check-data looks at COCO folders; data.format is {recipe.data.format}")
+    if recipe.data.format == "shapes":
+        raise UserError("check-data looks at data sets of people; data.format is shapes, which are made on the fly")
     e, stride = recipe.data, 16 if recipe.model.backbone.dc5 else 32
     model = checks.Model(stride, recipe.model.num_queries, e.eval_size, e.eval_max_size)
-    splits = [_look(recipe, *row) for row in _jsons(recipe)]
-    return checks.check(splits, model, policy=recipe.data.on_bad, workers=workers, progress=progress)
-
-
-def _jsons(recipe: Recipe) -> list[tuple[str, Path, Path | None]]:
-    """Split, json and image folder (None: to be found) of all there are; one that names no split is ``all``."""
-    d, root = recipe.data, Path(recipe.data.root or "").expanduser()
-    given = {"train": (d.train_annotations, d.train_images), "val": (d.val_annotations, d.val_images)}
-    found: dict[str, Path | None] = {s: opening.explicit(root, json_path) for s, (json_path, _) in given.items()}
-    if found["train"] is None:
-        there = layout.find_jsons(root)
-        found |= {s: found.get(s) or layout.pick(there, s, root) for s in there if s or not found["val"]}
-    images = {s: opening.explicit(root, folder) for s, (_, folder) in given.items()}
-    return [(s or "all", path, images.get(s or "train")) for s, path in found.items() if path is not None]
-
-
-def _look(recipe: Recipe, split: str, json_path: Path, images: Path | None) -> checks.Split:
-    dirt = Dirt("mend" if recipe.data.on_bad == "stop" else recipe.data.on_bad, look=True)
-    try:
-        return checks.Split(
-            split, opening.open_split(json_path, Path(recipe.data.root or ""), split, images, dirt), dirt
-        )
-    except UserError as error:
-        return checks.Split(split, None, dirt, str(error))
+    if e.format == "hub":
+        splits = hub_opening.to_check(_asked(recipe))
+    else:
+        given = {"train": (e.train_annotations, e.train_images), "val": (e.val_annotations, e.val_images)}
+        splits = opening.to_check(Path(e.root or "").expanduser(), given, e.on_bad)
+    return checks.check(splits, model, policy=e.on_bad, workers=workers, progress=progress)
 
 
 def train_windows(
@@ -191,51 +211,39 @@ def train_windows(
     """
     micro = recipe.batch.micro if micro is None else micro
     tasks = _tasks(recipe, source, micro, rank, num_ranks, start_window, end_window)
-    device = torch.device(device)
+    device, streamed = torch.device(device), isinstance(source, StreamSource)
     on_device, leave_out = _on_device(recipe, device), recipe.data.on_bad != "stop"
     by = by or loading(recipe, source, micro=micro, num_ranks=num_ranks, device=device)[0]
-    stream = loader.batches(source, tasks, **_how(recipe, by, mean, std), on_device=on_device, leave_out=leave_out)
-    return ahead(loader.windows(stream, tasks), device)
+    ordered = Ahead(tasks, _TASKS_AHEAD) if streamed else tasks
+    batches = loader.batches(source, ordered, **_how(recipe, by, mean, std), on_device=on_device, leave_out=leave_out)
+    return ahead(loader.windows(batches, tasks), device)
 
 
-def _tasks(recipe: Recipe, source: Source, micro: int, rank: int, num_ranks: int, start: int, end: int) -> TrainTasks:
-    return TrainTasks(
-        source, _policy(recipe), recipe.batch.size, micro, recipe.seed, rank, num_ranks, start, end,
-        shapes_of(source) if recipe.data.group_by_shape else None, _strong(recipe, len(source)),
-    )  # fmt: skip
+def in_any_order(recipe: Recipe, source: Source, num: int = 256) -> Source:
+    """The source; of a stream its first ``num`` images, as a source that may be asked for any of them."""
+    return FirstRows(source, recipe.seed, num) if isinstance(source, StreamSource) else source
 
 
-def loading(
-    recipe: Recipe, source: Source, *, micro: int, num_ranks: int, device: torch.device | str,
-    count: int | None = None, room: Room | None = None,
-) -> tuple[Loading, str | None]:  # fmt: skip
-    """Loader processes of a training and what each keeps ready, within data.queue_gib, memory and /dev/shm.
-
-    Args:
-        micro: images of a micro-batch.
-        count: processes, where data.workers is auto and they were measured; None takes the recipe's, or a few.
-        room: of each process, as all agreed on; None: as this one sees it.
-    Returns:
-        and what to say where it is less than was asked for.
-    """
-    d, room = recipe.data, room or workers.room(queue_gib=recipe.data.queue_gib)
-    count = _count(recipe, room) if count is None else count
-    tasks = -(-len(share(recipe.batch.size, 0, num_ranks)) // micro)
-    if not count:
-        return Loading(0, 1), None
-    return workers.within(count, d.prefetch, tasks, task_bytes(recipe, source, micro, torch.device(device)), room)
+def all_share(source: Source, num_images: int, num_ranks: int) -> bool:
+    """Whether a window surely has images for every process: of a stream, each reads what its own lanes bring."""
+    own = isinstance(source, StreamSource) and source.own_lanes(0, num_ranks) is not None
+    return num_ranks == 1 or (num_images >= num_ranks and not own)
 
 
-def _count(recipe: Recipe, room: Room) -> int:
-    return room.first if recipe.data.workers == "auto" else recipe.data.workers
+def who_reads_what(source: Source, num_ranks: int) -> list[str]:
+    """What to say about a stream that several processes read."""
+    return [stream.sharing(source, num_ranks)] if num_ranks > 1 and isinstance(source, StreamSource) else []
 
 
-def task_bytes(recipe: Recipe, source: Source, micro: int, device: torch.device) -> int:
-    """Of the largest micro-batch that can wait in a queue: float32 and mask, or the images as decoded."""
-    if not _on_device(recipe, device):
-        height, width = _with_strong(recipe, worst_canvas(_sizes(source), _policy(recipe)))
-        return micro * height * width * (3 * 4 + 1)
-    return micro * workers.decoded_bytes(_sizes(source), _policy(recipe), _strong(recipe, len(source)))
+def _tasks(
+    recipe: Recipe, source: Source, micro: int, rank: int, num_ranks: int, start: int, end: int,
+    size: int | None = None, grouped: bool = True,
+) -> TrainTasks | StreamTasks:  # fmt: skip
+    place = (_policy(recipe), size or recipe.batch.size, micro, recipe.seed, rank, num_ranks, start, end)
+    strong = _strong(recipe, len(source))
+    if isinstance(source, StreamSource):
+        return StreamTasks(source, *place, strong)
+    return TrainTasks(source, *place, shapes_of(source) if grouped and recipe.data.group_by_shape else None, strong)
 
 
 def preview(
@@ -247,13 +255,14 @@ def preview(
 
 
 def first_recipe_for(root: Path, name: str) -> tuple[str, list[str]]:
-    """A recipe for a COCO folder, and what was found in it.
+    """A recipe for a folder, and what was found in it.
 
     Raises:
         UserError: as in ``build``.
     """
-    splits = build(Recipe.model_validate({"data": {"root": str(root)}}))
-    return first_recipe.write(first_recipe.facts(splits.train, splits.val), name, str(root)), splits.found
+    format_ = layout.format_of(root)
+    splits = build(Recipe.model_validate({"data": {"root": str(root), "format": format_}}))
+    return first_recipe.write(first_recipe.facts(splits.train, splits.val), name, str(root), format_), splits.found
 
 
 def with_cache(recipe: Recipe, splits: Splits, quiet: bool = False) -> Splits:
@@ -310,74 +319,13 @@ def _kept(recipe: Recipe, splits: Splits) -> list[tuple[Source, dict]]:
     ]
 
 
-def _on_device(recipe: Recipe, device: torch.device) -> bool:
-    return recipe.data.pixels == "device" or (recipe.data.pixels == "auto" and device.type == "cuda")
-
-
-def worst_window(recipe: Recipe, source: Source) -> tuple[tuple[int, int], int]:
-    """What the most demanding window can hold: canvas (h, w) in pixels, and boxes in one image. Nothing is decoded."""
-    canvas = _with_strong(recipe, worst_canvas(_sizes(source), _policy(recipe)))
-    strong = _strong(recipe, len(source))
-    return canvas, source.most_boxes() if strong is None else strong.most_boxes(source.most_boxes())
-
-
-def _with_strong(recipe: Recipe, canvas_px: tuple[int, int]) -> tuple[int, int]:
-    """A canvas that also holds what the stronger augmentations make."""
-    strong = _strong(recipe, 1)
-    height, width = (0, 0) if strong is None else strong.worst_size(_policy(recipe))
-    return max(canvas_px[0], height), max(canvas_px[1], width)
-
-
 def is_there(recipe: Recipe) -> bool:
     """Whether there is a data set to look at; one that is broken counts as there, and is refused when it is opened."""
     d = recipe.data
-    if d.format != "coco":
-        return True
     root = Path(d.root).expanduser() if d.root is not None else Path()
+    if d.format != "coco":
+        return d.root is None or d.format == "shapes" or root.exists()
     return root.exists() if d.train_annotations is None else (root / Path(d.train_annotations).expanduser()).exists()
-
-
-def demands(recipe: Recipe, splits: Splits | None) -> Demands:
-    """
-    Args:
-        splits: of ``build``; None: the data are not there. Then every image may have any shape, so that a window's
-            canvas is ``max_size`` both ways, and one has as many boxes as there are queries; there are COCO's 80
-            classes.
-    """
-    a, d = recipe.data.augment, recipe.data
-    if splits is None:
-        long = d.eval_max_size
-        eval_canvas = (long, long) if recipe.evaluate.batch > 1 else (min(d.eval_size, long), long)
-        canvas = _with_strong(recipe, (a.max_size, a.max_size))
-        return Demands(canvas, recipe.model.num_queries, eval_canvas, 80, None, True)
-    canvas, most_boxes = worst_window(recipe, splits.train)
-    sizes = [eval_plan(s, d.eval_size, d.eval_max_size).size_px for s in {*_sizes(splits.val)}]
-    if recipe.evaluate.batch > 1:
-        eval_canvas = max(h for h, _ in sizes), max(w for _, w in sizes)
-    else:
-        eval_canvas = max(sizes, key=lambda size: size[0] * size[1])
-    return Demands(canvas, most_boxes, eval_canvas, len(splits.train.classes), len(splits.train), False)
-
-
-def _sizes(source: Source) -> Iterator[tuple[int, int]]:
-    return (source.size_px(i) for i in range(len(source)))
-
-
-def _policy(recipe: Recipe) -> Augmentation:
-    a = recipe.data.augment
-    return Augmentation(
-        a.flip, tuple(a.scales), a.max_size, a.crop, tuple(a.crop_scales), tuple(a.crop_size), a.scale_by
-    )
-
-
-def _strong(recipe: Recipe, num_images: int) -> augment.Strong | None:
-    return augment.strong_of(total_windows(recipe, num_images), recipe.data.augment.model_dump())
-
-
-def total_windows(recipe: Recipe, num_images: int) -> int:
-    """Length of a training in windows."""
-    per_epoch = windows_per_epoch(num_images, recipe.batch.size)
-    return recipe.schedule.steps or max(1, round(recipe.schedule.epochs * per_epoch))
 
 
 def eval_batches(

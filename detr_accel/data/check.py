@@ -21,7 +21,7 @@ _KEPT = "kept as it is"
 
 # what only a look at the whole, or at the pixels, can tell; the kinds of dirt.py come first
 CHECKS: dict[str, Kind] = {
-    "json": Kind("faults of the json", "training does not start", harm=True),
+    "json": Kind("faults of the json or the set", "training does not start", harm=True),
     "image.exif": Kind(
         "images with an EXIF rotation", "applied where the json gives the rotated size, else as stored", stops=False
     ),
@@ -141,10 +141,10 @@ def check(
     opened = [s for s in splits if s.source is not None]
     findings = [f for s in splits for f in _read(s, policy)]
     facts: dict[str, list[FileFacts]] = {}
-    everything = [(s.name, s.source.file(i), s.source.size_px(i)) for s in opened for i in range(len(s.source))]
-    files = look_at_all([row[1:] for row in everything], workers)
-    for (name, *_), found in zip(everything, progress(files, len(everything)), strict=True):
-        facts.setdefault(name, []).append(found)
+    everything = [(n, i) for n, s in enumerate(opened) for i in range(len(s.source))]
+    files = look_at_all([s.source for s in opened], everything, workers)
+    for (n, _), found in zip(everything, progress(files, len(everything)), strict=True):
+        facts.setdefault(opened[n].name, []).append(found)
     for s in opened:
         findings += _files(s, facts[s.name], policy)
         findings += _boxes(s, model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import multiprocessing
 import os
 import signal
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from detr_accel.data.coco import CocoSource
 from detr_accel.data.decode import read_rgb
 from detr_accel.structures import UserError
 
@@ -45,25 +47,26 @@ class FileFacts(NamedTuple):
     digest: bytes = b""  # of the pixels; empty where there are none
 
 
-def look_at(path: str, size_px: tuple[int, int]) -> FileFacts:
+def look_at(path: str, size_px: tuple[int, int], data: bytes | None = None) -> FileFacts:
     """
     Args:
         size_px: (h, w) in the record.
+        data: what the file holds, where it is none on disk; ``path`` then only names it.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            header = _header(path)
+            header = _header(path, data)
         except Exception:  # the decoder below says what is wrong
             header = FileFacts()
         try:
-            image, fault, why = read_rgb(path, size_px), "", ""
+            image, fault, why = read_rgb(path, size_px, data=data), "", ""
         except UserError as error:
             image, fault, why = None, "image.unreadable", str(error)
-            if not os.path.lexists(path):
+            if data is None and not os.path.lexists(path):
                 fault = "image.missing"
             elif "its record says" in why:
-                image, fault = _scaled(path, size_px)
+                image, fault = _scaled(path, size_px, data)
                 why = why if fault else ""
         except MemoryError:
             image, fault, why = None, "image.unreadable", f"image {path} does not fit into memory"
@@ -74,19 +77,19 @@ def look_at(path: str, size_px: tuple[int, int]) -> FileFacts:
     return header._replace(fault=fault, why=why, blank=bool(np.ptp(image) == 0), digest=digest.digest())
 
 
-def _scaled(path: str, size_px: tuple[int, int]) -> tuple[np.ndarray | None, str]:
+def _scaled(path: str, size_px: tuple[int, int], data: bytes | None) -> tuple[np.ndarray | None, str]:
     try:
-        return read_rgb(path, size_px, scale=True), "image.scaled"
+        return read_rgb(path, size_px, data=data, scale=True), "image.scaled"
     except UserError:
         pass
     try:
-        return read_rgb(path, None), "image.other_size"
+        return read_rgb(path, None, data=data), "image.other_size"
     except UserError:
         return None, "image.unreadable"
 
 
-def _header(path: str) -> FileFacts:
-    with Image.open(path) as picture:
+def _header(path: str, data: bytes | None) -> FileFacts:
+    with Image.open(path if data is None else io.BytesIO(data)) as picture:
         form = picture.format or ""
         mode = _MODES.get(picture.mode, "16 bits" if picture.mode.startswith("I;") else "")
         if picture.mode == "P" and "transparency" in picture.info:
@@ -99,28 +102,35 @@ def _header(path: str) -> FileFacts:
         return FileFacts("", "", (picture.height, picture.width), orientation, mode, form, misnamed)
 
 
-def _start() -> None:
+_sources: Sequence[CocoSource] = ()  # of a worker process
+
+
+def _start(sources: Sequence[CocoSource]) -> None:
     """Ctrl-C is the parent's to answer."""
+    global _sources
+    _sources = sources
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def look_at_all(files: Sequence[tuple[str, tuple[int, int]]], workers: int) -> Iterator[FileFacts]:
-    """Every file, in order.
+def look_at_all(
+    sources: Sequence[CocoSource], images: Sequence[tuple[int, int]], workers: int
+) -> Iterator[FileFacts]:
+    """Every image, in order.
 
     Args:
-        files: path, and (h, w) in its record.
+        images: which source, and index in it.
         workers: processes; 0 works here.
     Raises:
         UserError: from ``next``: a worker was ended from outside.
     """
-    if workers == 0 or len(files) <= _CHUNK:
-        yield from (look_at(*file) for file in files)
+    if workers == 0 or len(images) <= _CHUNK:
+        yield from (_facts(sources[n], i) for n, i in images)
         return
     context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
-    with ProcessPoolExecutor(workers, context, _start) as pool:
+    with ProcessPoolExecutor(workers, context, _start, (sources,)) as pool:
         try:
-            yield from pool.map(_one, files, chunksize=_CHUNK)
+            yield from pool.map(_one, images, chunksize=_CHUNK)
         except BrokenProcessPool:
             raise UserError(
                 "a process that reads the images was ended from outside, most often for lack of memory: check with "
@@ -130,5 +140,9 @@ def look_at_all(files: Sequence[tuple[str, tuple[int, int]]], workers: int) -> I
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _one(file: tuple[str, tuple[int, int]]) -> FileFacts:
-    return look_at(*file)
+def _one(image: tuple[int, int]) -> FileFacts:
+    return _facts(_sources[image[0]], image[1])
+
+
+def _facts(source: CocoSource, index: int) -> FileFacts:
+    return look_at(source.file(index), source.size_px(index), source.held(index))

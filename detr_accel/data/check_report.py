@@ -106,7 +106,7 @@ def page(report: Report, title: str) -> str:
     for f in report.findings:
         places = list(dict.fromkeys(f.places))[: min(_PICTURES, left)]
         left -= len(places)
-        sections.append(_section(f, [_figure(path, box, boxes.of(path)) for path, box in places]))
+        sections.append(_section(f, [_figure(path, box, boxes.of(path), boxes.held(path)) for path, box in places]))
     rows = "".join(
         f'<tr><td class="name">{escape(name)}</td><td>{escape(_about(about))}</td></tr>'
         for name, about in report.splits.items()
@@ -162,10 +162,14 @@ class _Boxes:
         boxes, *_ = source._targets(source._rows[i], source.size_px(i))
         return source.size_px(i), boxes[:200].tolist()
 
+    def held(self, path: str) -> bytes | None:
+        """What an image holds that is no file of its own."""
+        return self._known[path][0].held(self._known[path][1]) if path in self._known else None
 
-def _figure(path: str, box: tuple[float, ...] | None, known: tuple | None) -> str:
+
+def _figure(path: str, box: tuple[float, ...] | None, known: tuple | None, data: bytes | None) -> str:
     try:
-        picture = _thumbnail(path, box, known)
+        picture = _thumbnail(path, box, known, data)
         out = io.BytesIO()
         picture.save(out, "JPEG", quality=80)
         shown = f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}">'
@@ -175,12 +179,12 @@ def _figure(path: str, box: tuple[float, ...] | None, known: tuple | None) -> st
     return f"<figure>{shown}<figcaption>{escape(text)}</figcaption></figure>"
 
 
-def _thumbnail(path: str, box: tuple[float, ...] | None, known: tuple | None) -> Image.Image:
+def _thumbnail(path: str, box: tuple[float, ...] | None, known: tuple | None, data: bytes | None) -> Image.Image:
     size, boxes = known or (None, [])
     try:
-        image = read_rgb(path, size, scale=True)
+        image = read_rgb(path, size, data=data, scale=True)
     except UserError:
-        image, boxes, box = read_rgb(path, None), [], None  # of another shape than its record: the boxes are nowhere
+        image, boxes, box = read_rgb(path, None, data=data), [], None  # of another shape: the boxes are nowhere
     picture = Image.fromarray(image)
     scale = _THUMB / max(picture.size)
     picture = picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.BILINEAR)

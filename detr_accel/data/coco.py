@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from detr_accel.data import decode
 from detr_accel.data.coco_json import Strings, Table
 from detr_accel.data.decode import read_rgb
 from detr_accel.structures import Classes, Sample, UserError
@@ -56,8 +58,18 @@ class CocoSource:
 
     def file(self, index: int) -> str:
         """The file; where none was found, the place where it should be."""
-        row = self._rows[index]
+        return self._file(self._rows[index])
+
+    def _file(self, row: int) -> str:
         return f"{self.folder}/{self._paths[row] or self.table.file_names[row]}"
+
+    def held(self, index: int) -> bytes | None:
+        """What ``file`` holds, where it is a name only and there is none on disk."""
+        return None
+
+    def encoded(self, index: int) -> bytes:
+        """The image as it is kept, for those who measure or compare it."""
+        return decode.read_bytes(self.file(index))
 
     def most_boxes(self) -> int:
         counts = np.diff(self.table.offsets)[self._rows]
@@ -69,11 +81,14 @@ class CocoSource:
     def sample(self, index: int, at_least_px: tuple[int, int] | None = None) -> Sample:
         size_px = self.size_px(index)
         try:
-            image = read_rgb(self.file(index), size_px, at_least_px, scale=self.scale)
+            image = self._read(self._rows[index], size_px, at_least_px)
         except UserError as error:
             raise UserError(f"{self.table.path}: image id {self.image_id(index)}: {error}") from None
         boxes, labels, num_cut = self._targets(self._rows[index], size_px)
         return Sample(image, self.image_id(index), boxes, labels, num_cut)
+
+    def _read(self, row: int, size_px: tuple[int, int], at_least_px: tuple[int, int] | None) -> np.ndarray:
+        return read_rgb(self._file(row), size_px, at_least_px, scale=self.scale)
 
     def _targets(self, row: int, size_px: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, int]:
         """DETR's order: crowd out, corners, clip to the image, keep what has width and height; how many ran out. A box
@@ -146,8 +161,9 @@ class CocoSource:
 
     def subset(self, rows: Sequence[int] | np.ndarray) -> CocoSource:
         """Other images of the same json; the arrays are shared."""
-        rows = np.asarray(rows, np.int64)
-        return CocoSource(self.table, Path(self.folder), self._paths, self.classes, rows, self.scale)
+        other = copy.copy(self)
+        other._rows = np.asarray(rows, np.int64)
+        return other
 
     def describe(self) -> str:
         """One line for the console: counts, and what is left out of the targets."""

@@ -7,6 +7,7 @@ a half, a quarter or an eighth of the size in less still. Everything else, and e
 
 from __future__ import annotations
 
+import io
 import time
 from pathlib import Path
 
@@ -33,10 +34,29 @@ def header_size(path: str | Path, upright: bool = False) -> tuple[int, int]:
     return (w, h) if turned else (h, w)
 
 
+def header(path: str | Path, data: bytes | None = None) -> tuple[tuple[int, int], bool]:
+    """(h, w) in pixels as a viewer shows it, and whether it is stored otherwise (turned or mirrored).
+
+    Args:
+        data: what the file holds, where it is none on disk; ``path`` then only names it.
+    """
+    try:
+        with Image.open(path if data is None else io.BytesIO(data)) as picture:
+            h, w = picture.height, picture.width
+            told = picture.format != "PNG" or "exif" in picture.info  # Pillow would decode a PNG to look for it
+            orientation = picture.getexif().get(_ORIENTATION, 1) if told else 1
+    except Exception as error:  # as above
+        raise UserError(f"image {path} cannot be read: {_reason(error)}") from None
+    if min(h, w) < 1:
+        raise UserError(f"image {path} cannot be read: it is {w}x{h} pixels")
+    return ((w, h) if orientation in (5, 6, 7, 8) else (h, w)), orientation in range(2, 9)
+
+
 def read_rgb(
     path: str | Path,
     size_px: tuple[int, int] | None,
     at_least_px: tuple[int, int] | None = None,
+    data: bytes | None = None,
     *,
     scale: bool = False,
 ) -> np.ndarray:
@@ -48,6 +68,7 @@ def read_rgb(
             picture as a viewer shows it.
         at_least_px: the (h, w) that it will be resized to. A JPEG at least twice as large in both directions is decoded
             at half of its size or less, never below this.
+        data: what the file holds, where it is none on disk; ``path`` then only names it.
         scale: a picture of another size than ``size_px`` that has its shape, to a pixel, is taken for the same in
             another size: boxes are where the record says, whatever the number of pixels.
     Returns:
@@ -56,11 +77,11 @@ def read_rgb(
     Raises:
         UserError: not an image, truncated, or of another size.
     """
-    fast = None if size_px is None else _read_jpeg(path, size_px, at_least_px)
+    fast = None if size_px is None else _read_jpeg(path, size_px, at_least_px, data)
     if fast is not None:
         return fast
     try:
-        with Image.open(path) as picture:
+        with Image.open(path if data is None else io.BytesIO(data)) as picture:
             upright = _turned(path, picture, size_px, scale)
             pixels = _to_rgb(upright)
             if size_px is not None and at_least_px is None and (pixels.height, pixels.width) != size_px:
@@ -104,11 +125,11 @@ def _reading(stored_px: tuple[int, int], orientation: int, size_px: tuple[int, i
     return not fits[0], True
 
 
-def size_fault(path: str | Path, size_px: tuple[int, int]) -> tuple[str, str]:
+def size_fault(path: str | Path, size_px: tuple[int, int], data: bytes | None = None) -> tuple[str, str]:
     """From the header alone: the kind of dirt, where a file has another size than its record says, and the sentence.
-    Empty where it has not, or where decoding will say what is wrong."""
+    Empty where it has not, or where decoding will say what is wrong. ``data``: as in ``read_rgb``."""
     try:
-        with Image.open(path) as picture:
+        with Image.open(path if data is None else io.BytesIO(data)) as picture:
             stored, orientation = (picture.height, picture.width), picture.getexif().get(_ORIENTATION, 1)
     except Exception:  # a file that is no image
         return "", ""
@@ -159,10 +180,12 @@ def read_bytes(path: str | Path) -> bytes:
         return file.read()
 
 
-def _read_jpeg(path: str | Path, size_px: tuple[int, int], at_least_px: tuple[int, int] | None) -> np.ndarray | None:
+def _read_jpeg(
+    path: str | Path, size_px: tuple[int, int], at_least_px: tuple[int, int] | None, data: bytes | None = None
+) -> np.ndarray | None:
     """None where Pillow should look: no ordinary JPEG of this size, or something is wrong with it."""
     try:
-        data = _timed_bytes(path)
+        data = _timed_bytes(path) if data is None else data
         if data[:3] != b"\xff\xd8\xff":
             return None
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)

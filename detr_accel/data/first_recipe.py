@@ -1,4 +1,4 @@
-"""A first recipe for a COCO folder: about fifteen lines, each with its reason from the data."""
+"""A first recipe for a folder: about fifteen lines, each with its reason from the data."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def facts(train: CocoSource, val: CocoSource) -> Facts:
     )  # fmt: skip
 
 
-def write(found: Facts, name: str, root: str) -> str:
+def write(found: Facts, name: str, root: str, format_: str = "coco") -> str:
     """The recipe as YAML text.
 
     Args:
         name: of the run.
-        root: data.root.
+        root, format_: of ``data``.
     """
     short, why_size = _size(found)
     scales = sorted({min(800, _step(short * f)) for f in (0.8, 0.9, 1.0, 1.1, 1.2)})
@@ -95,6 +95,8 @@ def write(found: Facts, name: str, root: str) -> str:
         ("  patience: 10", "evaluations without anything better"),
         (f"  metric: {metric}", why_metric),
     ]
+    if format_ != "coco":
+        rows.insert(1, (f"  format: {format_}", "a Hugging Face data set"))
     if queries <= 100:
         rows = [row for row in rows if not row[0].strip().startswith(("evaluate:", "max_detections"))]
     width = max(len(text) for text, why in rows if why) + 2

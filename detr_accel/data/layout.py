@@ -35,11 +35,29 @@ def find_jsons(root: Path) -> dict[str, list[Path]]:
             found.setdefault(_split_of(path, root), []).append(path)
     found = {split: _only_coco(paths) for split, paths in found.items()}
     found = {split: paths for split, paths in found.items() if paths}
+    if not found and _is_hub_set(root):
+        raise UserError(
+            f"{root} holds a Hugging Face data set and no COCO json: train on it with data.format=hub data.root={root}"
+        )
     if not found:
         raise UserError(
             f"no COCO json in {root} (looked two folders deep): set data.train_annotations, or export as COCO"
         )
     return found
+
+
+def format_of(root: Path) -> str:
+    """``data.format`` of a folder: ``hub`` where it has a Hugging Face set and no COCO json, else ``coco``."""
+    try:
+        find_jsons(root)
+    except UserError:
+        return "hub" if root.exists() and _is_hub_set(root) else "coco"
+    return "coco"
+
+
+def _is_hub_set(root: Path) -> bool:
+    names = ("*.parquet", "*.arrow", "metadata.jsonl", "metadata.csv", "dataset_dict.json")
+    return any(next(root.glob(f"{depth}{name}"), None) for depth in ("", "*/") for name in names)
 
 
 def pick(found: dict[str, list[Path]], split: str, root: Path) -> Path | None:

@@ -64,7 +64,8 @@ def start_worker(_: int) -> None:
     window, for which it needs the workers, and ends them. A worker told to end and then forgotten ends by itself."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    # with success: a death by the signal would be raised in the training process, wherever it is by then
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
     sys.excepthook = functools.partial(_unless_orphaned, os.getppid(), sys.excepthook)
 

@@ -17,6 +17,7 @@ from detr_accel.boxes import cxcywh_to_xyxy
 from detr_accel.data.box_formats import READINGS, inside
 from detr_accel.data.coco import CocoSource
 from detr_accel.data.source import Source
+from detr_accel.data.stream import FirstRows
 from detr_accel.structures import Batch
 
 LEAVING = 0.1  # a larger share of boxes that leave their images is no sloppy border any more
@@ -97,14 +98,14 @@ def shared_images(train: Source, val: Source, seconds: float) -> list[Finding]:
     until = time.monotonic() + seconds
     val_of_size: dict[int, list[int]] = {}
     for i in range(len(val)):
-        val_of_size.setdefault(_num_bytes(val.file(i)), []).append(i)
+        val_of_size.setdefault(_num_bytes(val, i), []).append(i)
     twins: list[tuple[str, str]] = []
     digests: dict[str, str] = {}
     for i in range(len(train)):
         if time.monotonic() > until:
             break
-        for j in val_of_size.get(_num_bytes(train.file(i)) or -1, []):
-            if _digest(train.file(i), digests) == _digest(val.file(j), digests):
+        for j in val_of_size.get(_num_bytes(train, i) or -1, []):
+            if _digest(train, i, digests) == _digest(val, j, digests):
                 twins.append((train.name(i), val.name(j)))
     if not twins:
         return []
@@ -113,24 +114,30 @@ def shared_images(train: Source, val: Source, seconds: float) -> list[Finding]:
     return [Finding(text, "take them out of one of the splits")]
 
 
-def _num_bytes(path: str) -> int:
+def _num_bytes(source: CocoSource, index: int) -> int:
     """0 for a file that is not there, which is told elsewhere."""
+    held = source.held(index)
+    if held is not None:
+        return len(held)
     try:
-        return os.path.getsize(path)
+        return os.path.getsize(source.file(index))
     except OSError:
         return 0
 
 
-def _digest(path: str, known: dict[str, str]) -> str:
+def _digest(source: CocoSource, index: int, known: dict[str, str]) -> str:
+    path = source.file(index)
     if path not in known:
-        with open(path, "rb") as file:
-            known[path] = hashlib.file_digest(file, "sha256").hexdigest()
+        known[path] = hashlib.sha256(source.encoded(index)).hexdigest()
     return known[path]
 
 
 def truth(source: Source, index: int) -> tuple[np.ndarray, np.ndarray]:
     """The annotations of one image past the way that targets take: boxes xyxy px inside the image [N, 4] and category
     ids [N]; crowd regions, boxes without area and boxes given twice left out."""
+    if isinstance(source, FirstRows):
+        ids = np.array([source.classes.category_ids[i] for i in source.labels(index)], np.int64)
+        return source.boxes_xyxy_px(index).astype(np.float64).reshape(-1, 4), ids
     if not isinstance(source, CocoSource):
         sample = source.sample(index)
         ids = np.array([source.classes.category_ids[i] for i in sample.labels], np.int64)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from detr_accel.data import coco_json, layout
 from detr_accel.data import source as seeds
+from detr_accel.data.check import Split
 from detr_accel.data.coco import CocoSource, classes_like, classes_of
 from detr_accel.data.dirt import Dirt
+from detr_accel.data.hub import HubSource
 from detr_accel.data.settle import settle
 from detr_accel.data.source import Source
+from detr_accel.data.stream import StreamSource
 from detr_accel.structures import Classes, UserError
 
 DESCRIBED = ("box.flat", "box.outside", "box.cut")  # in a source's own line
@@ -48,6 +53,32 @@ def open_split(
     return CocoSource(table, folder, paths, classes, scale=dirt.policy == "mend")
 
 
+def to_check(root: Path, given: Mapping[str, tuple[str | None, str | None]], on_bad: str) -> list[Split]:
+    """Every split that there is, opened as far as can be; one json that names no split is ``all``.
+
+    Args:
+        given: json and image folder of ``train`` and ``val``, None where they are to be found.
+    Raises:
+        UserError: there is no data set.
+    """
+    found: dict[str, Path | None] = {s: explicit(root, json_path) for s, (json_path, _) in given.items()}
+    if found["train"] is None:
+        there = layout.find_jsons(root)
+        found |= {s: found.get(s) or layout.pick(there, s, root) for s in there if s or not found["val"]}
+    images = {s: explicit(root, folder) for s, (_, folder) in given.items()}
+    rows = [(s or "all", path, images.get(s or "train")) for s, path in found.items() if path is not None]
+    return [looked_at(s, on_bad, partial(open_split, path, root, s, folder)) for s, path, folder in rows]
+
+
+def looked_at(split: str, on_bad: str, open_it: Callable[[Dirt], CocoSource]) -> Split:
+    """A split with all its dirt, or why it cannot be opened."""
+    dirt = Dirt("mend" if on_bad == "stop" else on_bad, look=True)
+    try:
+        return Split(split, open_it(dirt), dirt)
+    except UserError as error:
+        return Split(split, None, dirt, str(error))
+
+
 def draw_split(source: CocoSource, val_fraction: float, seed: int) -> dict:
     """A function of the seed and the set of image ids, whatever their order in the file."""
     ids = np.sort(source.table.image_ids)
@@ -67,8 +98,9 @@ def cut(source: CocoSource, split_json: dict) -> Splits:
     train, val = (source.subset(sorted(row_of[i] for i in split_json[name])) for name in ("train", "val"))
     check_targets(train)
     new = len(row_of) - len(train) - len(val)
+    whole = "split" if isinstance(source, HubSource) else "json"
     lines = [
-        f"data: one json, cut by seed {split_json['seed']} into train and val (the split is saved with the run)",
+        f"data: one {whole}, cut by seed {split_json['seed']} into train and val (the split is saved with the run)",
         line("train", train), line("val", val), *unused(train), *no_boxes(val),
     ]  # fmt: skip
     if new:
@@ -82,6 +114,10 @@ def line(split: str, source: CocoSource) -> str:
 
 def describe(source: Source) -> str:
     """Which images these are, in one line."""
+    if isinstance(source, StreamSource):
+        return source.describe()
+    if isinstance(source, HubSource):
+        return f"{source.describe()}; {source.table.path}"
     if isinstance(source, CocoSource):
         return f"{source.describe()}; {source.table.path}, images in {source.folder}"
     return f"{len(source)} procedural shapes"
@@ -91,7 +127,7 @@ def unused(train: CocoSource) -> list[str]:
     used = set(np.unique(train.table.category_ids).tolist())
     names = [n for c, n in train.table.categories.items() if c not in used]
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    return [f"data: {len(names)} classes have no box in the training json: {shown}"] if names else []
+    return [f"data: {len(names)} classes have no box in the training split: {shown}"] if names else []
 
 
 def check_targets(train: CocoSource) -> None:
@@ -102,7 +138,7 @@ def check_targets(train: CocoSource) -> None:
     if train.num_targets() == 0:
         raise UserError(
             f"{train.table.path}: no image of the training split has a box that could be learned from "
-            f"({train.describe()}): add annotations, or set data.train_annotations to the right json"
+            f"({train.describe()}): add annotations, or set data.train_annotations (data.hub.train_split) anew"
         )
 
 

@@ -5,6 +5,7 @@ Legend: I images, A annotations of one json.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,20 +46,37 @@ def settle(table: Table, folder: Path, paths: Strings, dirt: Dirt) -> tuple[Tabl
         table, paths = regroup(table, target), Strings([paths[i] for i in _stay(target)])
     if len(table) == 0:
         raise UserError(f"{table.path}: none of its images can be used: {next(iter(dirt.examples.values()))[0]}")
-    table = replace(table, again=_again(table))
-    _count_boxes(table, dirt)
-    _look_at_sizes(table, folder, paths, dirt)
+    table = settle_boxes(table, dirt)
+    look_at_sizes(table, lambda row: (f"{folder}/{paths[row]}", None) if paths[row] else None, dirt)
     return table, paths
 
 
-def _look_at_sizes(table: Table, folder: Path, paths: Strings, dirt: Dirt) -> None:
+def settle_boxes(table: Table, dirt: Dirt, remedies: Mapping[str, str] | None = None) -> Table:
+    """Mark the boxes given twice, and count those that are no targets.
+
+    Args:
+        remedies: what to do about boxes in one of ``READINGS`` or in ``fractions``; "" has the one for all others.
+    Raises:
+        UserError: boxes are in another format, or the policy is to stop.
+    """
+    table = replace(table, again=_again(table))
+    _count_boxes(table, dirt, {"": _MEND} if remedies is None else remedies)
+    return table
+
+
+def look_at_sizes(table: Table, picture: Callable[[int], tuple[str, bytes | None] | None], dirt: Dirt) -> None:
     """Sizes of some files against their records: a folder that was resized shows at once, and the headers of 100,000
-    files are not read. Decoding looks at each; ``check-data`` tells of all."""
+    files are not read. Decoding looks at each; ``check-data`` tells of all.
+
+    Args:
+        picture: of a row, its path and None, or its name and what it holds; None where it is not there.
+    """
     looked = range(0, len(table), -(-len(table) // LOOKED_AT))
     found: dict[str, list[tuple[int, str]]] = {}
     for row in looked:
-        if paths[row]:
-            kind, text = size_fault(f"{folder}/{paths[row]}", tuple(table.sizes_px[row].tolist()))
+        held = picture(row)
+        if held is not None:
+            kind, text = size_fault(held[0], tuple(table.sizes_px[row].tolist()), held[1])
             if kind:
                 found.setdefault(kind, []).append((row, text))
     for kind, rows in found.items():
@@ -136,11 +154,12 @@ def _again(table: Table) -> np.ndarray:
     return again & ~table.crowd
 
 
-def _count_boxes(table: Table, dirt: Dirt) -> None:
+def _count_boxes(table: Table, dirt: Dirt, remedies: Mapping[str, str]) -> None:
     rows = _rows(table)
     sizes = table.sizes_px[rows]
     format_, text = other_format(table.boxes_xywh_px[~table.crowd], sizes[~table.crowd])
     if format_:
+        text = f"{text}: {remedies.get(format_, remedies[''])}"
         dirt.note("box.format", f"{table.path}: {text}", int((~table.crowd).sum()), [text])
     boxes = table.boxes_xywh_px
     _, keep = clip(boxes, sizes)
@@ -177,7 +196,7 @@ def other_format(boxes_px: np.ndarray, sizes_px: np.ndarray) -> tuple[str, str]:
     if boxes.shape[1] < FEWEST:
         return "", ""
     if 0 < boxes.max() <= 1.5 and min(h.min(), w.min()) > 16:
-        return "fractions", f"the boxes look like fractions of their images (none is above {boxes.max():g}): {_MEND}"
+        return "fractions", f"the boxes look like fractions of their images (none is above {boxes.max():g})"
     with np.errstate(over="ignore", invalid="ignore"):
         leaving = 1 - _inside(boxes[0], boxes[1], boxes[0] + boxes[2], boxes[1] + boxes[3], h, w)
         if leaving < LEAVING:
@@ -186,7 +205,7 @@ def other_format(boxes_px: np.ndarray, sizes_px: np.ndarray) -> tuple[str, str]:
             left, top, right, bottom = read(*boxes)
             if _inside(left, top, right, bottom, h, w) >= FITS:
                 share = f"{100 * leaving:.0f} % of them leave their images"
-                return name, f"the boxes look like {name} ({share} when read as [x, y, width, height]): {_MEND}"
+                return name, f"the boxes look like {name} ({share} when read as [x, y, width, height])"
     return "", ""
 
 

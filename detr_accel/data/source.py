@@ -10,7 +10,7 @@ import numpy as np
 from detr_accel.structures import Classes, Sample
 
 # First word after the seed: keeps the streams of different purposes apart.
-ORDER, GEOMETRY, SPLIT, SHAPES_TRAIN, SHAPES_VAL, SHAPES_SIZES, WINDOWS, WINDOW_SCALE = range(8)
+ORDER, GEOMETRY, SPLIT, SHAPES_TRAIN, SHAPES_VAL, SHAPES_SIZES, WINDOWS, WINDOW_SCALE, SHARDS, BLOCK = range(10)
 PHOTOMETRIC, ZOOM_OUT, IOU_CROP, LARGE_SCALE_JITTER, MOSAIC, MIXUP = range(100, 106)
 
 

@@ -52,7 +52,7 @@ def evaluate_checkpoint(
 
 def _source(detector: Detector, split: str | None, folder: Path | None) -> data.Source:
     root = detector.recipe.data.root
-    if folder is None and root is not None and not Path(root).is_dir():
+    if folder is None and root is not None and not Path(root).expanduser().exists():
         raise UserError(f"there is no folder {root}, where this checkpoint's recipe has its data: give --data FOLDER")
     return data.eval_source(detector.recipe, folder, split, detector.split)
 

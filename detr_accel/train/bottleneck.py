@@ -188,8 +188,9 @@ def judge(
             f"({recipe.evaluate.batch})",
             {"evaluate.every_epochs": every},
         )
+    kept = recipe.data.cache != "none" or recipe.data.hub.streaming  # of which nothing can be kept
     busy = whole - seconds["wait"]
-    return feeding.judge(Feed(shares["wait"], cost, busy, images, workers, cores, recipe.data.cache != "none"))
+    return feeding.judge(Feed(shares["wait"], cost, busy, images, workers, cores, kept))
 
 
 def _computing(recipe: Recipe, shares: dict[str, float]) -> Verdict:

@@ -117,6 +117,8 @@ class Captures:
 
 def names_of(source: data.Source, image_ids: Sequence[int]) -> dict[int, str]:
     """Image id -> name, in the order of the source, which is only looked through where there is anything to find."""
+    if isinstance(source, data.StreamSource):
+        return source.names_of(image_ids)
     wanted = set(image_ids)
     indices = range(len(source)) if wanted else ()
     return {source.image_id(i): source.name(i) for i in indices if source.image_id(i) in wanted}

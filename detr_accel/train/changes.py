@@ -27,6 +27,10 @@ RULES = {
     "data.group_by_shape": FORBIDDEN,  # another sample order
     "data.val_fraction": FORBIDDEN,  # the split is saved with the run
     "data.on_bad": SAFE,  # what it leaves out is in the data's fingerprint
+    "data.hub": FORBIDDEN,  # what a box or a class is, and the order of a stream
+    "data.hub.name": SAFE,  # as data.root: the fingerprint decides
+    "data.hub.config": SAFE,
+    "data.hub.revision": SAFE,
     "data.workers": SAFE,
     "data.prefetch": SAFE,
     "data.queue_gib": SAFE,

@@ -91,7 +91,7 @@ def _train(
         )
         built = everywhere(accelerator, lambda: parts.build(recipe, accelerator, splits, resume=resume or bool(branch)))
         state, notes = resuming.start_or_resume(built, run, resume=resume, branch=branch)
-        notes += _fit(built, state)
+        notes += [*_fit(built, state), *data.who_reads_what(splits.train, accelerator.num_processes)]
         parts.prepare(built)
         size, num_ranks = recipe.batch.size, accelerator.num_processes
         arithmetic = parts.batch_arithmetic(size, state.micro, num_ranks, len(splits.train))
@@ -213,7 +213,7 @@ class _Turn:
         """
         state, built = self.state, self.built
         planned = parts.window_size(built, state.window)
-        all_share = planned >= built.accelerator.num_processes
+        all_share = data.all_share(built.splits.train, planned, built.accelerator.num_processes)
         while True:
             requests = Requests(
                 self.stop.requested, self.save.due_by_clock(), self.commit.broken, failure, lambda: self.stop.overdue

@@ -24,7 +24,7 @@ def check(recipe: Recipe, splits: data.Splits, accelerator: Accelerator, seconds
     Raises:
         Trouble: a run would fail on it, or learn something else than was meant.
     """
-    train, val = splits.train, splits.val
+    train, val = data.in_any_order(recipe, splits.train), splits.val
     findings = [] if not accelerator.is_local_main_process else [
         *look.boxes(train), *look.boxes(val), *look.classes(train, val), *_queries(recipe, train),
     ]  # fmt: skip
@@ -32,7 +32,7 @@ def check(recipe: Recipe, splits: data.Splits, accelerator: Accelerator, seconds
     findings += _queues(recipe, splits, accelerator)
     to_cache = data.cache_room(recipe, splits)
     try:
-        first, read, rate = _first_windows(recipe, train, accelerator, seconds / 3)
+        first, read, rate = _first_windows(recipe, splits.train, accelerator, seconds / 3)
     except RuntimeError as error:  # a worker that dies interrupts whatever statement is in hand
         raise data.worker_death(error) or error from None
     text = f"first {first} windows read ({read} images on this process, {rate:.0f} a second)"

@@ -58,13 +58,14 @@ def overfit(built: Parts, state: State, seconds: float) -> dict[str, Any]:
         Trouble, UserError: it does not learn.
     """
     accelerator = built.accelerator
-    indices = on_main(accelerator, lambda: choose(built))
+    train = data.in_any_order(built.recipe, built.splits.train, 8 * LOOKED_AT)
+    indices = on_main(accelerator, lambda: choose(train, built.recipe.seed))
     cuts = data.still_window(
-        built.recipe, built.splits.train, indices, rank=accelerator.process_index,
+        built.recipe, train, indices, rank=accelerator.process_index,
         num_ranks=accelerator.num_processes, micro=state.micro, mean=built.bare.mean, std=built.bare.std,
     )  # fmt: skip
     _dropout_off(built.bare)
-    run = _Run(built, indices, cuts)
+    run = _Run(built, train, indices, cuts)
     begun, found = time.perf_counter(), 0.0
     while True:
         over = time.perf_counter() - begun > seconds and run.steps >= PROBED
@@ -95,10 +96,9 @@ def refuse_nonfinite(built: Parts, result: WindowResult, where: str) -> None:
     )  # fmt: skip
 
 
-def choose(built: Parts) -> list[int]:
+def choose(train: data.Source, seed: int) -> list[int]:
     """The images with the fewest boxes among the first of epoch 0 that have any."""
-    train = built.splits.train
-    order = permutation(built.recipe.seed, 0, len(train))
+    order = permutation(seed, 0, len(train))
     counts: list[tuple[int, int]] = []
     for tried, index in enumerate(order.tolist()):
         number = len(look.truth(train, index)[1])
@@ -120,8 +120,8 @@ def _dropout_off(model: nn.Module) -> None:
 
 
 class _Run:
-    def __init__(self, built: Parts, indices: list[int], cuts: list[Batch]) -> None:
-        self.built, self.indices, self.cuts = built, indices, cuts
+    def __init__(self, built: Parts, source: data.Source, indices: list[int], cuts: list[Batch]) -> None:
+        self.built, self.source, self.indices, self.cuts = built, source, indices, cuts
         self.commit = Commit(built, RunFolder(Path()), Silent(), Captures(built, Path()))
         self.state = State(micro=1)
         self.losses: list[dict[str, float]] = []
@@ -203,7 +203,7 @@ class _Run:
             mine += models.detections(outputs, [t.image_id for t in batch.targets], sizes)
         bare.train()
         mine_of = {d.image_id: d for d in mine}
-        source = self.built.splits.train
+        source = self.source
         counts = []
         for index in self.indices:
             if source.image_id(index) in mine_of:
@@ -261,7 +261,7 @@ class _Run:
         return f"{', '.join(named)} did not fall by {FELL:.0%}" if named and self.steps >= ENOUGH_STEPS else None
 
     def _ids(self) -> str:
-        return ", ".join(str(self.built.splits.train.image_id(i)) for i in self.indices)
+        return ", ".join(str(self.source.image_id(i)) for i in self.indices)
 
 
 def count_found(

@@ -140,7 +140,8 @@ def _numbers(built: Parts, state: State, accelerator) -> dict[str, Any]:
     evaluate, length = built.recipe.evaluate, built.length
     between = max(1, round(evaluate.every_epochs * length.per_epoch)) * built.recipe.batch.size
     return {
-        "train_images": set_loss.num_images(evaluate.train_images, between, len(built.splits.train)),
+        "train_images": 0 if isinstance(built.splits.train, data.StreamSource) else
+        set_loss.num_images(evaluate.train_images, between, len(built.splits.train)),
         "micro": state.micro, "checkpointed": state.checkpointed, "total": built.length.total,
         "per_epoch": built.length.per_epoch, "processes": accelerator.num_processes,
         "val_images": len(built.splits.val),

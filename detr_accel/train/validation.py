@@ -40,6 +40,7 @@ class Validation:
         self.panel = [i * len(self.source) // count for i in range(count)]
         every = max(1, round(recipe.evaluate.every_epochs * self.length.per_epoch)) * recipe.batch.size
         some = set_loss.num_images(recipe.evaluate.train_images, every, len(splits.train))
+        some = 0 if isinstance(splits.train, data.StreamSource) else some  # no image of a stream is there twice
         self.trained = data.Subset(splits.train, [i * len(splits.train) // some for i in range(some)])
 
     def __call__(self, state: State, stop: StopSignal) -> bool:

@@ -47,3 +47,25 @@ def recipe_for():
         return Recipe.model_validate({"data": base | where | data, "batch": {"size": 8, "micro": 2}, "seed": 5})
 
     return make
+
+
+@pytest.fixture
+def hub_coco(tmp_path, write_split, monkeypatch):
+    """Write a COCO folder that Hugging Face data sets are made of; their cache is the test's own."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+    def write(num_train: int, num_val: int) -> Path:
+        kinds = [{"id": 0, "name": "cat"}, {"id": 1, "name": "dog"}]
+        for split, first, num in (("train", 1, num_train), ("val", 101, num_val)):
+            path = tmp_path / f"coco/annotations/instances_{split}.json"
+            tree = write_split(path, tmp_path / "coco" / split, num, first=first, ext="jpg", categories=kinds)
+            for row in tree["annotations"]:
+                row["category_id"] //= 7
+                row["iscrowd"] = int(row["image_id"] == 5 and row["category_id"])
+            path.write_text(json.dumps(tree))
+        return tmp_path / "coco"
+
+    return write

@@ -216,6 +216,17 @@ def test_a_stop_request_to_the_whole_group_does_not_end_the_workers(windows):
     stream.close()
 
 
+def test_a_worker_that_was_told_to_end_and_forgotten_does_not_raise_in_the_training_process(windows):
+    stream = windows(workers=1, micro=2, end=60)
+    next(stream)
+    (child,) = multiprocessing.active_children()
+    os.kill(child.pid, signal.SIGALRM)  # what it sets itself when it is told to end
+    child.join(20)
+    time.sleep(0.2)  # a raise would come from the handler of its death, in any line
+    assert child.exitcode == 0
+    stream.close()
+
+
 SCRIPT = """
 import multiprocessing, sys, time
 from detr_accel import data

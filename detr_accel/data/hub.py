@@ -1,0 +1,406 @@
+"""Hugging Face data sets: a name on the hub, or a folder or file on disk, as a source.
+
+The annotations become the same flat arrays as those of a COCO json, so that everything after them is the same too; the
+images stay in the memory-mapped Arrow file, as they were encoded, and are decoded like any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from detr_accel.data import decode, hub_columns, settle
+from detr_accel.data.box_formats import READINGS
+from detr_accel.data.coco import CocoSource
+from detr_accel.data.coco_json import Strings, Table
+from detr_accel.data.decode import header, read_rgb
+from detr_accel.data.dirt import Dirt
+from detr_accel.data.hub_columns import Columns, Flat
+from detr_accel.structures import Classes, UserError
+
+VAL_NAMES = ("validation", "val", "valid", "dev")
+_ROWS = 1000  # of annotations in one step
+_CATEGORY, _FEW = "annotation.category", 0.01  # a larger share of boxes without a class is no accident
+_FILES = {".parquet": "parquet", ".arrow": "arrow"}
+
+
+@dataclass(frozen=True)
+class Where:
+    """A data set: ``path`` is a folder, a .parquet or .arrow file, or a name on the hub."""
+
+    path: str
+    config: str | None = None
+    revision: str | None = None
+
+    @property
+    def on_disk(self) -> bool:
+        return Path(self.path).exists()
+
+    def __str__(self) -> str:
+        return self.path if self.config is None else f"{self.path} ({self.config})"
+
+
+def load(where: Where, streaming: bool = False) -> Mapping[str, Any]:
+    """Open every split.
+
+    Returns:
+        split -> ``datasets.Dataset``, or ``datasets.IterableDataset`` when streaming.
+    Raises:
+        UserError: nothing there, no network, or not a data set.
+    """
+    import datasets
+
+    path = Path(where.path)
+    saved = path.is_dir() and any((path / name).exists() for name in ("dataset_dict.json", "state.json"))
+    if saved and streaming:
+        raise UserError(f"{where} was written by save_to_disk and is read in place: set data.hub.streaming=false")
+    with _opening(where):
+        if saved:
+            found = datasets.load_from_disk(where.path)
+            return found if isinstance(found, Mapping) else {"train": found}
+        if path.is_file():
+            if path.suffix not in _FILES:
+                raise UserError(
+                    f"{where} is no .parquet or .arrow file: set data.root to one, or to the folder of a data set"
+                )
+            return datasets.load_dataset(_FILES[path.suffix], data_files=where.path, streaming=streaming)
+        return datasets.load_dataset(where.path, where.config, revision=where.revision, streaming=streaming)
+
+
+def files(where: Where, split: str) -> list[str]:
+    """The files of a split, paths or URLs, in the order of the shards."""
+    import datasets
+
+    if Path(where.path).is_file():
+        return [where.path]
+    with _opening(where):
+        builder = datasets.load_dataset_builder(where.path, where.config, revision=where.revision)
+        return [str(name) for name in (builder.config.data_files or {}).get(split, [])]
+
+
+def load_one(where: Where, split: str) -> Any:
+    """One split whole, where the others are streamed: only its files are read."""
+    import datasets
+
+    if Path(where.path).is_file():
+        return load(where)[split]
+    with _opening(where):
+        builder = datasets.load_dataset_builder(where.path, where.config, revision=where.revision)
+        of_split = {split: list(builder.config.data_files[split])}
+        return datasets.load_dataset(builder.name, data_files=of_split, features=builder.info.features)[split]
+
+
+def told_length(dataset: Any, split: str) -> int | None:
+    """How many rows a streamed set says it has, where its card tells."""
+    known = (dataset.info.splits or {}).get(split)
+    return known.num_examples if known is not None and known.num_examples else None
+
+
+class _opening:
+    """Whatever the library raises, as one sentence."""
+
+    def __init__(self, where: Where) -> None:
+        self.where = where
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        if error is None or isinstance(error, UserError) or not isinstance(error, Exception):
+            return
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if self.where.on_disk:
+            what = "give a folder with parquet files, or with images and a metadata.jsonl, or a .parquet file"
+        else:
+            what = (
+                "check data.hub.name; on a machine without network, fetch it elsewhere and set data.root to the folder"
+            )
+        raise UserError(f"the data set {self.where} cannot be opened: {reason}; {what}") from None
+
+
+def split_names(splits: Mapping[str, Any], train: str, val: str | None, where: Where) -> tuple[str, str | None]:
+    """Which splits to train and to validate on; the latter None where there is a single one.
+
+    Args:
+        val: None takes the first of VAL_NAMES.
+    Raises:
+        UserError: a split is not there; names those that are.
+    """
+    there = ", ".join(splits)
+    if train not in splits:
+        if len(splits) != 1:
+            raise UserError(f"{where} has no split {train!r} ({there}): set data.hub.train_split")
+        (train,) = splits
+    if val is None:
+        return train, next((name for name in VAL_NAMES if name in splits and name != train), None)
+    if val not in splits:
+        raise UserError(f"{where} has no split {val!r} ({there}): set data.hub.val_split")
+    return train, val
+
+
+class ArrowImages:
+    """The images of a split, encoded, in a memory-mapped file.
+
+    Args:
+        dataset: ``datasets.Dataset``.
+        column: of the images: ``datasets.Image``, bytes, or paths.
+    """
+
+    def __init__(self, dataset: Any, column: str, name: str) -> None:
+        self.dataset, self.column, self.name = undecoded(dataset, column).select_columns([column]), column, name
+
+    def __getitem__(self, row: int) -> tuple[str, bytes | None]:
+        """The name of an image, or its path where the file holds no bytes, and the bytes."""
+        return encoded(self.dataset[int(row)][self.column], f"{self.name}, row {row}")
+
+    def files(self, rows: np.ndarray) -> Iterator[str]:
+        """Where the pixels of these rows lie."""
+        yield from (str(file["filename"]) for file in self.dataset.cache_files)
+        for row in rows.tolist():
+            name, data = self[row]
+            if data is None:
+                yield name
+
+
+def undecoded(dataset: Any, column: str) -> Any:
+    """The same set, giving the bytes of its images as they are."""
+    import datasets
+
+    if isinstance((dataset.features or {}).get(column), datasets.Image):
+        return dataset.cast_column(column, datasets.Image(decode=False))
+    return dataset
+
+
+def encoded(cell: Any, name: str) -> tuple[str, bytes | None]:
+    """A cell of an image column, as name or path, and bytes.
+
+    Raises:
+        UserError: it is empty.
+    """
+    if isinstance(cell, dict):
+        cell = cell.get("bytes") or cell.get("path")
+    if isinstance(cell, str):
+        return cell, None
+    if not isinstance(cell, bytes):
+        raise UserError(f"{name} has no image: remove the row")
+    return name, cell
+
+
+class HubSource(CocoSource):
+    """Some or all images of a split.
+
+    Args:
+        table: its annotations; every size is known.
+        at: int64 [I], the row in the set of each image of the table.
+        turned: bool [I], images that a viewer shows turned or mirrored, of sets that tell no sizes.
+        scale: as of CocoSource.
+    """
+
+    def __init__(
+        self, table: Table, images: ArrowImages, classes: Classes, at: np.ndarray, turned: np.ndarray, scale: bool
+    ) -> None:
+        self.images, self.at, self.turned = images, at, turned
+        super().__init__(table, Path(images.name), table.file_names, classes, scale=scale)
+
+    def _file(self, row: int) -> str:
+        """A path, or a name where the set itself holds the image."""
+        name, data = self._cell(row)
+        return f"{self.folder}, {self.table.file_names[row]}" if data is not None else name
+
+    def _cell(self, row: int) -> tuple[str, bytes | None]:
+        """As ``ArrowImages``; of an empty cell its name only."""
+        try:
+            return self.images[self.at[row]]
+        except UserError:
+            return f"{self.folder}, {self.table.file_names[row]}", None
+
+    def held(self, index: int) -> bytes | None:
+        return self._cell(self._rows[index])[1]
+
+    def encoded(self, index: int) -> bytes:
+        name, data = self.images[self.at[self._rows[index]]]
+        return decode.read_bytes(name) if data is None else data
+
+    def stamp(self) -> str:
+        """sha256 over size and time of change of what holds the pixels: the library's files, and those they name."""
+        digest = hashlib.sha256()
+        for path in self.images.files(self.at[self._rows]):
+            try:
+                found = os.stat(path)
+                digest.update(f"{found.st_size} {found.st_mtime_ns}\n".encode())
+            except OSError:
+                digest.update(b"gone\n")
+        return digest.hexdigest()
+
+    def _read(self, row: int, size_px: tuple[int, int], at_least_px: tuple[int, int] | None) -> np.ndarray:
+        name, data = self.images[self.at[row]]
+        return read_rgb(name, None if self.turned[row] else size_px, at_least_px, data, scale=self.scale)
+
+
+def open_split(dataset: Any, asked: Columns, name: str, dirt: Dirt, classes: Classes | None = None) -> HubSource:
+    """Read a split's annotations.
+
+    Args:
+        dataset: ``datasets.Dataset``.
+        name: for messages.
+        dirt: counts what is odd, and decides.
+        classes: of the training split; the names must be the same.
+    Raises:
+        UserError: a column is missing, nothing is left, or the policy is to stop.
+    """
+    columns = hub_columns.resolve(dataset.features, asked, name)
+    small = dataset.select_columns(columns.small).with_format("arrow")
+    if columns.named and not columns.class_names:
+        columns = _named(columns, classes, small, name)
+    parts = [hub_columns.flatten(some, columns) for some in small.iter(batch_size=_ROWS)]
+    if not len(dataset):
+        raise UserError(f"{name} has no rows")
+    _check_names(parts, asked, name)
+    images = ArrowImages(dataset, columns.image, name)
+    table, at, turned = _table(parts, columns, images, name, dirt)
+    own = Classes(columns.class_names, tuple(range(len(columns.class_names))))
+    if classes is not None and classes.names != own.names:
+        raise UserError(f"{name} has other classes than the training split: both must have the same names")
+    return HubSource(table, images, own, at, turned, dirt.policy == "mend")
+
+
+def _named(columns: Columns, classes: Classes | None, small: Any, name: str) -> Columns:
+    """Categories that are strings: their names in alphabetical order."""
+    if classes is not None:
+        return replace(columns, class_names=tuple(str(n) for n in classes.names))
+    names: set[str] = set()
+    for some in small.iter(batch_size=_ROWS):
+        names |= hub_columns.distinct(some, columns)
+    if not names:
+        raise UserError(f"{name} has no categories: there is nothing to detect")
+    return replace(columns, class_names=tuple(sorted(names)))
+
+
+def _rows_of(part: Flat) -> np.ndarray:
+    return np.repeat(np.arange(len(part.counts)), part.counts)
+
+
+def _check_names(parts: list[Flat], asked: Columns, name: str) -> None:
+    """
+    Raises:
+        UserError: the recipe names fewer classes than the set uses. A few odd categories are dirt.
+    """
+    if not asked.class_names:
+        return
+    odd = [(n, a, text) for n, part in enumerate(parts) for a, (kind, text) in part.bad.items() if kind == _CATEGORY]
+    if len(odd) > _FEW * sum(len(part.labels) for part in parts):
+        number, a, text = odd[0]
+        raise UserError(f"{name}, row {number * _ROWS + _rows_of(parts[number])[a]}: {text}")
+
+
+def _table(
+    parts: list[Flat], columns: Columns, images: ArrowImages, name: str, dirt: Dirt
+) -> tuple[Table, np.ndarray, np.ndarray]:
+    """The annotations that can be used; the row in the set of each image; and which images are stored turned."""
+
+    def joined(key: str) -> np.ndarray:
+        return np.concatenate([getattr(part, key) for part in parts])
+
+    counts, sizes, boxes = joined("counts"), joined("sizes_px"), joined("boxes")
+    hub_columns.check_unit(boxes, columns.box_format, name, at_least=1)
+    told = (sizes > 0).all(1)
+    good = _good(parts, name, dirt)
+    gone, turned = _headers(parts, images, sizes, name, dirt)
+    with np.errstate(over="ignore", invalid="ignore"):
+        boxes = hub_columns.to_xywh_px(boxes, np.repeat(sizes, counts, axis=0), columns.box_format)
+    areas = joined("areas")
+    areas = np.where(np.isfinite(areas), areas, boxes[:, 2] * boxes[:, 3])
+    row_of = np.repeat(np.arange(len(counts)), counts)[good]
+    offsets = np.concatenate(([0], np.cumsum(np.bincount(row_of, minlength=len(counts))))).astype(np.int64)
+    table = Table(
+        Path(name), unique_or(joined("image_ids"), np.arange(len(counts))),
+        Strings([f"row {row}" for row in range(len(counts))]), sizes, offsets,
+        unique_or(joined("ids"), np.arange(1, len(boxes) + 1), least=1)[good], joined("labels")[good], boxes[good],
+        areas[good], joined("crowd")[good], np.zeros(len(row_of), bool), dict(enumerate(columns.class_names)),
+    )  # fmt: skip
+    at = np.flatnonzero(~gone)
+    if not len(at):
+        raise UserError(f"{name}: none of its images can be used: {next(iter(dirt.examples.values()))[0]}")
+    if gone.any():
+        table = settle.regroup(table, np.where(gone, -1, np.arange(len(gone))))
+    table = settle.settle_boxes(table, dirt, _remedies(columns.box_format))
+
+    def picture(row: int) -> tuple[str, bytes | None] | None:
+        try:
+            return images[at[row]] if told[at[row]] else None
+        except UserError:  # an empty cell: told when its turn comes
+            return None
+
+    settle.look_at_sizes(table, picture, dirt)
+    return table, at, turned[at]
+
+
+def _good(parts: list[Flat], name: str, dirt: Dirt) -> np.ndarray:
+    """bool [A]: the boxes that can be read, with a category that there is."""
+    good = np.ones(sum(len(part.labels) for part in parts), bool)
+    start = 0
+    for number, part in enumerate(parts):
+        rows = _rows_of(part)
+        for a, (kind, text) in part.bad.items():
+            dirt.note(kind, f"{name}, row {number * _ROWS + rows[a]}: {text}")
+            good[start + a] = False
+        start += len(part.labels)
+    return good
+
+
+def _headers(
+    parts: list[Flat], images: ArrowImages, sizes: np.ndarray, name: str, dirt: Dirt
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fill in the sizes that the set does not tell.
+
+    Returns:
+        bool [I]: which images are left out, and which are stored turned.
+    """
+    gone, turned = np.zeros((2, len(sizes)), bool)
+    for number, part in enumerate(parts):
+        for row, text in part.faults.items():
+            dirt.note("image.objects", f"{name}, row {number * _ROWS + row}: {text}")
+            gone[number * _ROWS + row] = True
+    for row in np.flatnonzero((sizes == 0).any(1) & ~gone).tolist():
+        try:
+            sizes[row], turned[row] = header(*images[row])
+        except UserError as error:
+            dirt.note("image.no_size", error)
+            gone[row] = True
+    return gone, turned
+
+
+def _remedies(box_format: str) -> dict[str, str]:
+    """What to set where the boxes look like something else than COCO's."""
+    if box_format != "xywh_px":
+        return {"": f"data.hub.box_format={box_format} does not fit them"}
+    corners, centres, _ = READINGS
+    return {
+        corners: "set data.hub.box_format=xyxy_px", centres: "set data.hub.box_format=cxcywh_px",
+        "": "set data.hub.box_format to what they are, or write them anew",
+    }  # fmt: skip
+
+
+def unique_or(ids: np.ndarray, otherwise: np.ndarray, least: int = 0) -> np.ndarray:
+    """The set's own ids, or others where some are missing or doubled."""
+    usable = len(ids) and ids.min() >= least and len(np.unique(ids)) == len(ids)
+    return ids if usable else otherwise
+
+
+def reaches_out(source: HubSource, box_format: str) -> list[str]:
+    """A warning where the boxes look like corners that were taken for width and height."""
+    table = source.table
+    sizes = np.repeat(table.sizes_px, np.diff(table.offsets), axis=0)
+    out = (table.boxes_xywh_px[:, :2] + table.boxes_xywh_px[:, 2:] > sizes[:, ::-1] * 1.01 + 1).any(1)
+    if box_format != "xywh_px" or 3 * int(out.sum()) < len(out) or not len(out):
+        return []
+    return [
+        f"data: warning: {int(out.sum())} of {len(out)} boxes of {table.path} reach out of their image: if they are "
+        "corners, set data.hub.box_format=xyxy_px"
+    ]

@@ -1,0 +1,442 @@
+"""A data set that is read while it trains. Where a run is in it is arithmetic on (epoch, window), as everywhere else.
+
+The shards are dealt to a few lanes (shard s to lane s mod L), and the positions of an epoch are dealt to the lanes once
+and for all, evenly. A lane's order in an epoch is that of its shards, shuffled, each in blocks of consecutive rows that
+are shuffled inside. All of it follows from (seed, epoch, shard, block): there is no buffer whose content could be lost.
+
+Legend: L lanes, S shards, K rows of a block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from detr_accel.data import hub_columns
+from detr_accel.data import source as seeds
+from detr_accel.data.augment import Strong, strong_plan
+from detr_accel.data.coco import clip, reach_out
+from detr_accel.data.decode import header, read_rgb
+from detr_accel.data.geometry import Augmentation, Plan, canvas, train_plan, window_scale
+from detr_accel.data.hub import encoded, undecoded
+from detr_accel.data.hub_columns import Columns
+from detr_accel.data.sampler import Task, share, windows_per_epoch
+from detr_accel.structures import Classes, Sample, UserError
+
+MOST_LANES = 16
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image on its way to the process that decodes it; it takes the place of an index."""
+
+    name: str  # or its path, where there is no data
+    image_id: int
+    size_px: tuple[int, int]
+    data: bytes | None = None
+    turned: bool = False  # a viewer shows it turned or mirrored, and the set tells no size
+    boxes_xyxy_px: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.float32))
+    labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    num_cut: int = 0  # boxes that ran out of it
+    fault: str | None = None  # what is wrong with it, told when its turn comes
+
+
+class StreamSource:
+    """A split that is read in order.
+
+    Args:
+        dataset: ``datasets.IterableDataset``.
+        columns: resolved.
+        shard_rows: rows of each of S shards; None where only reading tells, and then there is one lane.
+        length: images of an epoch, at most as many as there are.
+        block: images in memory, over all lanes.
+        name: for messages.
+    """
+
+    def __init__(
+        self, dataset: Any, columns: Columns, shard_rows: list[int] | None, length: int, block: int, lanes: int,
+        name: str,
+    ) -> None:  # fmt: skip
+        assert lanes == 1 or shard_rows is not None
+        self.dataset, self.columns = undecoded(dataset, columns.image), columns
+        self.shard_rows, self.length, self.lanes, self.title = shard_rows, length, lanes, name
+        self.block = max(1, block // lanes)
+        self.num_shards = dataset.num_shards
+        self.classes = Classes(columns.class_names, tuple(range(len(columns.class_names))))
+        self.lane_of = self._deal()
+        self._first = None if shard_rows is None else np.cumsum([0, *shard_rows])  # row of the set, of each shard
+
+    def __len__(self) -> int:
+        return self.length
+
+    def _deal(self) -> np.ndarray:
+        """int16 [length]: the lane of each position; every lane ends at the end of the epoch."""
+        if self.shard_rows is None or self.lanes == 1:
+            return np.zeros(self.length, np.int16)
+        rows = [sum(self.shard_rows[lane :: self.lanes]) for lane in range(self.lanes)]
+        place = np.concatenate([(np.arange(n) + 0.5) / n for n in rows if n])
+        of = np.repeat(np.arange(self.lanes, dtype=np.int16), rows)
+        return of[np.argsort(place, kind="stable")][: self.length]
+
+    def own_lanes(self, rank: int, num_ranks: int) -> list[int] | None:
+        """The lanes that this process reads; None: all of them, because they cannot be divided."""
+        return list(range(rank, self.lanes, num_ranks)) if self.lanes % num_ranks == 0 else None
+
+    def names_of(self, image_ids: Iterable[int]) -> dict[int, str]:
+        """What stands for an image in messages."""
+        return {i: f"{self.title}, {self._place(i)}" for i in image_ids}
+
+    def _place(self, image_id: int) -> str:
+        if self.columns.image_ids:
+            return f"image_id {image_id}"
+        if self._first is None:
+            return f"shard {image_id >> 32}, row {image_id & (2**32 - 1)}"
+        shard = int(np.searchsorted(self._first, image_id, side="right")) - 1
+        return f"shard {shard}, row {image_id - self._first[shard]}"
+
+    def _image_id(self, shard: int, row: int) -> int:
+        """Of sets that give none."""
+        return (shard << 32) + row if self._first is None else int(self._first[shard]) + row
+
+    def size_px(self, index: Row) -> tuple[int, int]:
+        return index.size_px
+
+    def image_id(self, index: Row) -> int:
+        return index.image_id
+
+    def name(self, index: Row) -> str:
+        return f"{self.title}, {self._place(index.image_id)}"
+
+    def sample(self, index: Row, at_least_px: tuple[int, int] | None = None) -> Sample:
+        """As of any source; the index is the row itself."""
+        if index.fault is not None:
+            raise UserError(index.fault)
+        size_px = None if index.turned else index.size_px
+        image = read_rgb(index.name, size_px, at_least_px, index.data)
+        return Sample(image, index.image_id, index.boxes_xyxy_px, index.labels, index.num_cut)
+
+    def fingerprint(self) -> str:
+        """Of what a stream tells without being read: its name, columns, classes, shards and length."""
+        known = (self.title, self.columns, self.num_shards, self.shard_rows, self.length, self.block, self.lanes)
+        return hashlib.sha256(repr(known).encode()).hexdigest()
+
+    def describe(self) -> str:
+        """One line for the console."""
+        many = f"{self.num_shards} shard{'s' * (self.num_shards > 1)} in {self.lanes} lane{'s' * (self.lanes > 1)}"
+        return f"{len(self)} images, {len(self.classes)} classes, streamed from {self.title}, {many}"
+
+    # --- reading
+
+    def rows(self, seed: int, epoch: int, lane: int, start: int) -> Iterator[Row]:
+        """A lane's images in an epoch, from the ``start``-th on.
+
+        Raises:
+            UserError: the set cannot be read on.
+        """
+        shards = np.arange(lane, self.num_shards, self.lanes)
+        for shard in shards[seeds.generator(seed, seeds.SHARDS, epoch, lane).permutation(len(shards))].tolist():
+            known = None if self.shard_rows is None else self.shard_rows[shard]
+            if known is not None and start >= known:
+                start -= known
+                continue
+            first = 0 if known is None else start // self.block
+            for number, table in enumerate(self._blocks(shard, first), start=first):
+                skip = min(start - first * self.block * (number == first), table.num_rows)
+                start, first = (0, -1) if known is not None else (start - skip, -1)
+                if skip == table.num_rows:
+                    continue
+                yield from self._shuffled(table, seed, epoch, shard, number, skip)
+
+    def _blocks(self, shard: int, first: int) -> Iterator[Any]:
+        """Arrow tables of K rows of one shard, the last one shorter, from block ``first`` on."""
+        from datasets.distributed import split_dataset_by_node
+
+        only = split_dataset_by_node(self.dataset, rank=shard, world_size=self.num_shards)  # a node a shard
+        try:
+            if self.shard_rows is None:
+                yield from self._tables(iter(only))
+            else:
+                only = only.with_format("arrow")
+                yield from (only.skip(first * self.block) if first else only).iter(batch_size=self.block)
+        except Exception as error:  # of the network, the file system, Arrow or the library
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"{self.title}: shard {shard} cannot be read on: {reason}; go on with --resume once it can"
+            ) from error
+
+    def _tables(self, rows: Iterator[dict]) -> Iterator[Any]:
+        """Of sets that are no tables, such as folders of images."""
+        import pyarrow as pa
+
+        schema = self.dataset.features.arrow_schema if self.dataset.features is not None else None
+        while some := list(itertools.islice(rows, self.block)):
+            yield pa.Table.from_pylist(some, schema=schema)
+
+    def _shuffled(self, table: Any, seed: int, epoch: int, shard: int, number: int, skip: int) -> Iterator[Row]:
+        flat = hub_columns.flatten(table.select(self.columns.small), self.columns)
+        hub_columns.check_unit(flat.boxes, self.columns.box_format, self.title)
+        ends = np.cumsum(flat.counts)
+        images = table.column(self.columns.image)
+        order = seeds.generator(seed, seeds.BLOCK, epoch, (number << 32) + shard).permutation(table.num_rows)
+        for row in order[skip:].tolist():
+            at = number * self.block + row
+            own = slice(ends[row] - flat.counts[row], ends[row])
+            image_id = int(flat.image_ids[row]) if self.columns.image_ids else self._image_id(shard, at)
+            name = f"{self.title}, shard {shard}, row {at}"
+            yield self._row(flat, row, own, images[row].as_py(), name, image_id)
+
+    def _row(self, flat: hub_columns.Flat, row: int, own: slice, cell: Any, name: str, image_id: int) -> Row:
+        why = flat.faults.get(row) or next((flat.bad[a][1] for a in range(own.start, own.stop) if a in flat.bad), None)
+        if why is not None:
+            return Row(name, image_id, (1, 1), fault=f"{name}: {why}")
+        size, turned = tuple(flat.sizes_px[row].tolist()), False
+        try:
+            path, data = encoded(cell, name)
+            if 0 in size:
+                size, turned = header(path, data)
+        except UserError as error:
+            return Row(name, image_id, (1, 1), fault=str(error))
+        sizes = np.broadcast_to(np.array(size), (own.stop - own.start, 2))
+        with np.errstate(over="ignore", invalid="ignore"):
+            written = hub_columns.to_xywh_px(flat.boxes[own], sizes, self.columns.box_format)
+        boxes, keep = clip(written, np.array(size))
+        plain = ~flat.crowd[own]
+        plain[plain] = _first_ones(written[plain], flat.labels[own][plain])
+        num_cut = int(reach_out(written[plain], np.array(size)).sum())
+        keep &= plain
+        return Row(path, image_id, size, data, turned, boxes[keep], flat.labels[own][keep], num_cut)
+
+
+def _first_ones(boxes: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """bool [N]: no equal box [N, 4] of the same class stands before it."""
+    first = np.zeros(len(labels), bool)
+    if len(labels):
+        first[np.unique(np.column_stack((labels, boxes)), axis=0, return_index=True)[1]] = True
+    return first
+
+
+class FirstRows:
+    """The first images of a stream's first epoch, held in memory, for those who look at images in any order. It is a
+    source; the same on every process.
+
+    Args:
+        num: at most so many; rows that are broken are left out.
+    """
+
+    def __init__(self, source: StreamSource, seed: int, num: int) -> None:
+        lanes = {lane: source.rows(seed, 0, lane, 0) for lane in range(source.lanes)}
+        rows = [next(lanes[int(lane)], None) for lane in source.lane_of[:num]]
+        self.source, self.classes = source, source.classes
+        self.rows = [row for row in rows if row is not None and row.fault is None]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def size_px(self, index: int) -> tuple[int, int]:
+        return self.rows[index].size_px
+
+    def image_id(self, index: int) -> int:
+        return self.rows[index].image_id
+
+    def name(self, index: int) -> str:
+        return self.source.name(self.rows[index])
+
+    def most_boxes(self) -> int:
+        return max((len(row.labels) for row in self.rows), default=0)
+
+    def boxes_xyxy_px(self, index: int) -> np.ndarray:
+        return self.rows[index].boxes_xyxy_px
+
+    def labels(self, index: int) -> np.ndarray:
+        return self.rows[index].labels
+
+    def sample(self, index: int, at_least_px: tuple[int, int] | None = None) -> Sample:
+        return self.source.sample(self.rows[index], at_least_px)
+
+
+class _Read:
+    """The rows of a window as a source, by their positions in the epoch: what a plan asks of an image."""
+
+    def __init__(self, rows: dict[int, Row]) -> None:
+        self.rows = rows
+
+    def size_px(self, position: int) -> tuple[int, int]:
+        return self.rows[position].size_px
+
+    def boxes_xyxy_px(self, position: int) -> np.ndarray:
+        return self.rows[position].boxes_xyxy_px
+
+
+@dataclass(frozen=True)
+class StreamTasks:
+    """The micro-batches of one rank over windows [start_window, end_window), in order, as TrainTasks for a stream.
+
+    Which images a window holds follows from the lanes alone. The canvas is that of the images this process reads: of
+    the whole window where it reads all of them, of its own part where it reads its own lanes.
+    """
+
+    source: StreamSource
+    policy: Augmentation
+    batch_size: int
+    micro: int
+    seed: int
+    rank: int
+    num_ranks: int
+    start_window: int
+    end_window: int
+    strong: Strong | None = None  # as of TrainTasks, without what needs a second image
+
+    def window_positions(self, window: int) -> range:
+        """Global positions in the epoch, of all ranks."""
+        at = window % windows_per_epoch(len(self.source), self.batch_size) * self.batch_size
+        return range(at, min(at + self.batch_size, len(self.source)))
+
+    def _mine(self, positions: range) -> list[int]:
+        lanes = self.source.own_lanes(self.rank, self.num_ranks)
+        if lanes is None:
+            return [positions[i] for i in share(len(positions), self.rank, self.num_ranks)]
+        return [p for p in positions if self.source.lane_of[p] in lanes]
+
+    def num_tasks(self, window: int) -> int:
+        """Micro-batches of this rank in a window."""
+        return -(-len(self._mine(self.window_positions(window))) // self.micro)
+
+    def __len__(self) -> int:
+        return sum(self.num_tasks(w) for w in range(self.start_window, self.end_window))
+
+    def __iter__(self) -> Iterator[Task]:
+        per_epoch = windows_per_epoch(len(self.source), self.batch_size)
+        known_epoch, readers = -1, {}
+        for window in range(self.start_window, self.end_window):
+            epoch = window // per_epoch
+            if epoch != known_epoch:
+                known_epoch, readers = epoch, self._readers(epoch, self.window_positions(window).start)
+            yield from self._cut(window, epoch, readers)
+
+    def _readers(self, epoch: int, position: int) -> dict[int, Iterator[Row]]:
+        """An iterator for each lane that this process reads, at its place."""
+        lanes = self.source.own_lanes(self.rank, self.num_ranks)
+        done = np.bincount(self.source.lane_of[:position], minlength=self.source.lanes)
+        lanes = range(self.source.lanes) if lanes is None else lanes
+        return {lane: self.source.rows(self.seed, epoch, lane, int(done[lane])) for lane in lanes}
+
+    def _cut(self, window: int, epoch: int, readers: dict[int, Iterator[Row]]) -> Iterator[Task]:
+        positions = [p for p in self.window_positions(window) if int(self.source.lane_of[p]) in readers]
+        rows = {p: self._next(readers[int(self.source.lane_of[p])], p) for p in positions}
+        scale = window_scale(seeds.generator(self.seed, seeds.WINDOW_SCALE, window), self.policy)
+        strong = self.strong.at(window) if self.strong is not None else None
+        plans = {p: self._plan(_Read(rows), epoch, p, scale, strong) for p in rows}
+        mine = self._mine(self.window_positions(window))
+        size = canvas(list(plans.values())) if plans else (1, 1)
+        for start in range(0, len(mine), self.micro):
+            part = tuple(mine[start : start + self.micro])
+            yield Task(window, epoch, part, tuple(rows[p] for p in part), tuple(plans[p] for p in part), size)
+
+    def _plan(self, read: _Read, epoch: int, position: int, scale: int | None, strong: Strong | None) -> Plan:
+        if strong is not None:
+            return strong_plan(
+                strong, read, self.policy, seed=self.seed, epoch=epoch, position=position, index=position, scale=scale
+            )
+        rng = seeds.generator(self.seed, seeds.GEOMETRY, epoch, position)
+        return train_plan(rng, read.size_px(position), self.policy, scale)
+
+    def _next(self, reader: Iterator[Row], position: int) -> Row:
+        row = next(reader, None)
+        if row is None:
+            told = "data.hub.length says" if self.source.shard_rows is None else "its files say"
+            raise UserError(
+                f"{self.source.title} ended after {position} images, {told} {len(self.source)}: set "
+                f"data.hub.length={position} and start anew"
+            )
+        return row
+
+
+# --- opening
+
+
+def open_stream(
+    dataset: Any, columns: Columns, shard_rows: list[int] | None, length: int | None, block: int, lanes: int | str,
+    name: str,
+) -> StreamSource:  # fmt: skip
+    """
+    Args:
+        length: the recipe's or the set's own; None where neither tells.
+        lanes: a number, or ``auto``.
+    Raises:
+        UserError: what a stream cannot know is not told: class names, length.
+    """
+    columns = hub_columns.resolve(_features(dataset), columns, name)
+    if not columns.class_names:
+        raise UserError(
+            f"{name} is streamed, so that its class names would be known at the end of the first epoch: list them in "
+            "data.hub.class_names"
+        )
+    if shard_rows is not None and len(shard_rows) != dataset.num_shards:
+        shard_rows = None  # not a shard a file
+    known = None if shard_rows is None else sum(shard_rows)
+    length = known if length is None else length
+    if length is None:
+        raise UserError(f"{name} does not tell how many images it has: set data.hub.length to their number")
+    if known is not None and length > known:
+        raise UserError(f"{name} has {known} images, data.hub.length asks for {length}: lower it or leave it out")
+    if not length:
+        raise UserError(f"{name} has no rows")
+    num = 1 if shard_rows is None else _lanes(dataset.num_shards) if lanes == "auto" else int(lanes)
+    if num > dataset.num_shards:
+        raise UserError(f"data.hub.lanes is {num}, but {name} has {dataset.num_shards} shards: lower it")
+    return StreamSource(dataset, columns, shard_rows, length, block, num, name)
+
+
+def _features(dataset: Any) -> Any:
+    """Told by the set, or seen in its first row."""
+    import datasets
+
+    if dataset.features is not None:
+        return dataset.features
+    first = next(iter(dataset.with_format("arrow").iter(batch_size=1)), None)
+    return {} if first is None else datasets.Features.from_arrow_schema(first.schema)
+
+
+def _lanes(num_shards: int) -> int:
+    """The divisor, MOST_LANES at most, with the most factors of two; the greatest of those."""
+    divisors = [d for d in range(1, MOST_LANES + 1) if num_shards % d == 0]
+    return max(divisors, key=lambda d: (d & -d, d))
+
+
+def parquet_rows(files: list[str]) -> list[int] | None:
+    """Rows of each file, from the footers; None where the files are no parquet.
+
+    Args:
+        files: paths or URLs, in the order of the shards.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    import fsspec
+    import pyarrow.parquet as pq
+
+    if not files or not all(str(name).endswith(".parquet") for name in files):
+        return None
+
+    def rows(name: str) -> int:
+        with fsspec.open(name, "rb") as file:
+            return pq.read_metadata(file).num_rows
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(rows, map(str, files)))
+
+
+def sharing(source: StreamSource, num_ranks: int) -> str:
+    """The line that says who reads what."""
+    if num_ranks == 1 or source.own_lanes(0, num_ranks) is not None:
+        return (
+            f"stream: each of {num_ranks} processes reads its own {source.lanes // num_ranks} of {source.lanes} lanes"
+        )
+    return (
+        f"stream: each of {num_ranks} processes reads everything and keeps its part, as {source.lanes} lanes cannot be "
+        f"divided: with a number of shards, and data.hub.lanes, that is a multiple of {num_ranks}, it would not"
+    )

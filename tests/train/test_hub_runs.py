@@ -1,0 +1,158 @@
+"""Whole trainings on Hugging Face data sets: map style and streamed, stopped and resumed, evaluated."""
+
+import importlib.util
+import io
+import json
+import os
+import signal
+from pathlib import Path
+
+import datasets
+import pytest
+from PIL import Image
+
+from detr_accel import recipe as recipes
+from detr_accel.data.shapes import ShapesSource
+from detr_accel.infer.evaluation import evaluate_checkpoint
+from detr_accel.structures import UserError
+from detr_accel.train import loop
+from detr_accel.train.loop import train
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(f"{name}_hub", Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+inject, injected = load("injecting"), load("injected")
+MORE = "schedule: {epochs: 3, kind: constant}\ncheckpoint: {every_steps: 2, keep: 9}\n"
+
+
+def rows(split: str, num: int):
+    source = ShapesSource(1, split, num, 64)
+    truth = source.ground_truth()
+    for i, image in enumerate(truth["images"]):
+        png = io.BytesIO()
+        Image.fromarray(source.sample(i).image).save(png, "PNG")
+        own = [a for a in truth["annotations"] if a["image_id"] == image["id"]]
+        objects = {
+            "bbox": [a["bbox"] for a in own],
+            "category": [source.classes.label_of[a["category_id"]] for a in own],
+        }
+        size = {name: image[name] for name in ("width", "height")}
+        yield {"image": {"bytes": png.getvalue(), "path": None}, "image_id": i, "objects": objects} | size
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """22 images to train on in 4 shards, 3 to validate on."""
+    folder = tmp_path_factory.mktemp("shapes")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    names = [str(n) for n in ShapesSource(1, "train", 1, 64).classes.names]
+    features = datasets.Features(
+        {
+            "image": datasets.Image(), "image_id": datasets.Value("int64"), "width": datasets.Value("int32"),
+            "height": datasets.Value("int32"),
+            "objects": {
+                "bbox": datasets.List(datasets.List(datasets.Value("float32"), length=4)),
+                "category": datasets.List(datasets.ClassLabel(names=names)),
+            },
+        }
+    )  # fmt: skip
+    for split, num, shards in (("train", 22, 4), ("validation", 3, 1)):
+        whole = datasets.Dataset.from_list(list(rows(split[:5].replace("valid", "val"), num)), features=features)
+        for s in range(shards):
+            whole.shard(shards, s, contiguous=True).to_parquet(folder / f"{split}-{s:05d}-of-{shards:05d}.parquet")
+    yield folder
+    patch.undo()
+
+
+def keys(folder: Path, streaming: bool) -> list[str]:
+    stream = f"data.hub.streaming={str(streaming).lower()}"
+    return ["data.format=hub", f"data.root={folder}", stream, "data.hub.block=12"]
+
+
+def recipe(name: str, folder: Path, streaming: bool, more: str = MORE):
+    file = folder.parent / "recipe.yaml"
+    file.write_text(f"{injected.TINY}name: {name}\n{more}")
+    return recipes.load(file, keys(folder, streaming))
+
+
+def rows_of(run: Path, key: str) -> list:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if key in line]
+
+
+def assert_same(run: Path, whole: Path) -> None:
+    assert inject.differing(inject.weights(run), inject.weights(whole)) == []
+    assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.law2
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+def test_a_run_is_trained_stopped_resumed_and_evaluated(tmp_path, monkeypatch, shapes, streaming):
+    whole = train(recipe("a", shapes, streaming), runs=tmp_path / "whole")
+    assert json.loads((whole / "status.json").read_text())["state"] == "done"
+    assert len(rows_of(whole, "train/loss")) == 9 and len(rows_of(whole, "val/AP")) == 3
+    for stop_at in (4, 7):
+        plain, done = loop._Turn.run, []
+
+        def run(self, micro_batches, failure, plain=plain, done=done, stop_at=stop_at):
+            if self.state.window == stop_at and not done:
+                done.append(os.kill(os.getpid(), signal.SIGTERM))
+            return plain(self, micro_batches, failure)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop._Turn, "run", run)
+            half = train(recipe("a", shapes, streaming), runs=tmp_path / f"half{stop_at}")
+        assert json.loads((half / "status.json").read_text())["state"] == "resume"
+        train(recipe("a", shapes, streaming), runs=tmp_path / f"half{stop_at}", resume=True)
+        assert_same(half, whole)
+    metrics, said = evaluate_checkpoint(whole, quiet=True)
+    assert metrics.values["AP"] == pytest.approx(max(rows_of(whole, "val/AP")), abs=1e-6)
+    assert any("3 images" in line and "split validation" in line for line in said)
+    assert len(evaluate_checkpoint(whole, split="train", quiet=True)[0].values) > 5
+
+
+@pytest.mark.law2
+def test_a_stream_that_changed_is_refused_on_resume(tmp_path, shapes):
+    short = "schedule: {steps: 2, kind: constant}\n"
+    train(recipe("b", shapes, True, short), runs=tmp_path)
+    (tmp_path / "other").mkdir()
+    for file in shapes.iterdir():
+        (tmp_path / "other" / file.name).write_bytes(file.read_bytes())
+    first, second = (tmp_path / f"other/train-0000{i}-of-00004.parquet" for i in (0, 3))
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(UserError, match="the training data differ"):
+        train(recipe("b", tmp_path / "other", True, short), runs=tmp_path, resume=True)
+    text = MORE.replace("epochs: 3", "steps: 4, epochs: 3")
+    wider = recipes.loads(recipes.dumps(recipe("b", shapes, True, text)).replace("block: 12", "block: 16"))
+    with pytest.raises(UserError, match="data.hub.block: 12 -> 16 cannot change on a resume"):
+        train(wider, runs=tmp_path, resume=True)
+
+
+@pytest.mark.law1
+@pytest.mark.law2
+def test_two_processes_train_the_same_images_of_a_stream_and_go_on_where_one_stopped(tmp_path, monkeypatch, shapes):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rest = ", kind: constant}\nevaluate: {every_epochs: 9}\n"
+    short = "schedule: {steps: 6" + rest
+    alone = train(recipe("alone", shapes, True, short), runs=tmp_path)
+    train(recipe("half", shapes, True, "schedule: {steps: 4" + rest), runs=tmp_path)
+    one = {"faults": [], "recipe": short, "set": keys(shapes, True)}
+    workers = one | {"set": [*one["set"], "data.workers=2"]}
+    poison = workers | {"name": "poison", "faults": [{"what": "image", "window": 3, "rank": 1}]}
+    inject.launch(tmp_path, 2, [workers | {"name": "two"}, one | {"name": "half", "resume": True}, poison])
+    wanted = rows_of(alone, "data/num_boxes")
+    assert len(wanted) == 6 and len(set(wanted)) > 3
+    for name in ("two", "half"):
+        assert inject.outcome(tmp_path, name) is None
+        assert rows_of(tmp_path / name, "data/num_boxes") == wanted
+        losses = rows_of(tmp_path / name, "train/loss")
+        assert losses[:4] == pytest.approx(rows_of(alone, "train/loss")[:4], rel=0.02)
+    alarm = json.loads((tmp_path / "poison/alarms.jsonl").read_text().splitlines()[0])["text"]
+    assert f"window 4: the predictions for image {shapes}, split train, image_id " in alarm
+    assert rows_of(tmp_path / "poison", "data/num_boxes") == wanted
