@@ -121,7 +121,7 @@ def test_no_import_circle():
         pytest.fail("import circle: " + " -> ".join(error.args[1]))
 
 
-# sizes.py is a part of the builder of data; the others read and write the recipe beside weights, or make one for foreign ones
+# sizes.py is a part of the builder of data; the others read and write the recipe beside weights, or for foreign ones
 BUILDERS = ("__init__.py", "sizes.py", "architecture.py", "convert.py", "weights.py")
 
 
