@@ -65,10 +65,15 @@ class Data(Section):
     """What happens to records and images that are odd or broken. ``mend``: repaired where nothing has to be guessed,
     else left out. ``drop``: left out. ``stop``: the run ends with a sentence about the first one. What was mended or
     left out is counted and named at the start; an image that cannot be read leaves its place in the window empty."""
-    workers: Annotated[int, Field(ge=0, le=256)] = 2
-    """Loader processes per training process. 0 reads in the training process itself."""
-    prefetch: Positive = 2
-    """Micro-batches that each worker keeps ready."""
+    workers: Annotated[int, Field(ge=0, le=256)] | Literal["auto"] = "auto"
+    """Loader processes per training process. 0 reads in the training process itself. ``auto``: a few at first, then as
+    many as the first windows show to be faster than the device, within the cores and the memory there are. The training
+    is the same bit for bit with any number."""
+    prefetch: Positive | Literal["auto"] = "auto"
+    """Micro-batches that each worker keeps ready. ``auto``: enough for the next window, and at least 2."""
+    queue_gib: Annotated[float, Field(gt=0)] = 2.0
+    """Most memory of the batches that wait in the queues of a training process, in GiB, counted with the largest batch
+    that can come. Fewer are kept ready where they would take more, or more than memory and /dev/shm have."""
     group_by_shape: bool = False
     """A window holds tall, square or wide images, so that they do not pad each other: less memory and time, and the
     same number of windows. Still random: the order within a shape and of the windows is drawn for each epoch."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +100,39 @@ class Targets:
         )
 
 
+@dataclass(frozen=True)
+class ImageCost:
+    """Seconds of a loader process per image, and how many times more pixels are decoded than used."""
+
+    read: float
+    decode: float
+    pixels: float
+    excess: float
+
+    @property
+    def total(self) -> float:
+        return self.read + self.decode + self.pixels
+
+
+@dataclass
+class LoaderTime:
+    """What a loader process spent on some images, in seconds: it travels with the batch that came of it."""
+
+    read: float = 0.0  # files
+    decode: float = 0.0
+    pixels: float = 0.0  # resize, normalise, lay out, hand over
+    images: int = 0
+    decoded_px: int = 0  # of the files, as stored
+    used_px: int = 0  # of these, what the first resize leaves
+
+    def __add__(self, other: LoaderTime) -> LoaderTime:
+        return LoaderTime(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def per_image(self) -> ImageCost:
+        n = max(1, self.images)
+        return ImageCost(self.read / n, self.decode / n, self.pixels / n, self.decoded_px / max(1, self.used_px))
+
+
 Lost = tuple[int, str]  # the id of an image, and why it could not be read
 
 
@@ -114,16 +147,22 @@ class Batch:
     window: int = 0
     epoch: int = 0
     lost: tuple[Lost, ...] = ()  # images that belong here and could not be read: their places are empty
+    spent: LoaderTime | None = None  # what its making took
 
     def __len__(self) -> int:
         return len(self.targets)
 
+    @property
+    def canvas_px(self) -> tuple[int, int]:
+        """(h, w) of every image with its padding."""
+        return tuple(self.images.shape[-2:])
+
     def part(self, start: int, stop: int) -> Batch:
-        """Images start .. stop - 1 on the same canvas; what is lost is told by the whole alone."""
+        """Images start .. stop - 1 on the same canvas; what is lost, and what it took, is told by the whole alone."""
         cut = slice(start, stop)
         return replace(
             self, images=self.images[cut], mask=self.mask[cut], targets=self.targets[cut], lost=(),
-            positions=self.positions[cut],
+            positions=self.positions[cut], spent=None,
         )  # fmt: skip
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
@@ -174,4 +213,7 @@ class StepStats:
     num_dropped: int = 0  # images so far whose places were left empty, because they could not be read
     extra: dict[str, float] = field(default_factory=dict)
     facts: dict[str, float] = field(default_factory=dict)  # of the targets, over all processes: see train.window.FACTS
+    sections: dict[str, float] = field(default_factory=dict)  # seconds of this process since the window before, by part
+    loader: LoaderTime = field(default_factory=LoaderTime)  # what making this process's images took
+    workers: int = 0  # loader processes that made them
     memory_fraction: float | None = None  # how much of the device's memory is taken; None where nobody looked

@@ -121,8 +121,8 @@ def test_no_import_circle():
         pytest.fail("import circle: " + " -> ".join(error.args[1]))
 
 
-# these three read and write the recipe that lies beside weights, or make one for foreign weights
-BUILDERS = ("__init__.py", "architecture.py", "convert.py", "weights.py")
+# sizes.py is a part of the builder of data; the others read and write the recipe beside weights, or for foreign ones
+BUILDERS = ("__init__.py", "sizes.py", "architecture.py", "convert.py", "weights.py")
 
 
 def test_only_builders_and_the_loop_see_a_recipe():

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from detr_accel.data import augment, cache, check_report, first_recipe, hub_opening, layout, loader, opening, stream
+from detr_accel.data import cache, check_report, first_recipe, hub_opening, layout, loader, opening, stream, workers
 from detr_accel.data import check as checks
 from detr_accel.data.collate import make_batch
-from detr_accel.data.cost import ImageCost, image_cost
 from detr_accel.data.device import PlannedBatch, ahead
 from detr_accel.data.dirt import Dirt
-from detr_accel.data.geometry import Augmentation, canvas, eval_plan, largest_first, resized, worst_canvas
+from detr_accel.data.geometry import Demands, canvas, eval_plan, largest_first, resized
 from detr_accel.data.hub import Where
 from detr_accel.data.hub_columns import Columns
 from detr_accel.data.images import ImageFiles
@@ -26,17 +25,30 @@ from detr_accel.data.preview import epoch_sheet
 from detr_accel.data.read_ahead import Ahead
 from detr_accel.data.sampler import EvalTasks, Task, TrainTasks, shapes_of, share, windows_per_epoch
 from detr_accel.data.shapes import ShapesSource
+from detr_accel.data.sizes import (
+    _count,
+    _on_device,
+    _policy,
+    _sizes,
+    _strong,
+    demands,
+    loading,
+    task_bytes,
+    total_windows,
+    worst_window,
+)  # fmt: skip
 from detr_accel.data.source import Source, Subset
 from detr_accel.data.stream import FirstRows, StreamSource, StreamTasks
+from detr_accel.data.workers import Loading, Room
 from detr_accel.recipe import Recipe
 from detr_accel.structures import Batch, UserError
 
 __all__ = [
-    "Demands", "ImageCost", "ImageFiles", "PlannedBatch", "Source", "Splits", "StreamSource", "Subset", "all_share",
-    "build", "cache_room", "check", "check_report", "cost", "demands", "describe", "eval_batches", "eval_source",
-    "first_recipe_for", "format_of", "in_any_order", "is_there", "preview", "share", "still_window", "total_windows",
-    "train_windows", "who_reads_what", "windows_per_epoch", "with_cache", "without_lost", "worker_death",
-    "worst_window",
+    "Demands", "ImageFiles", "Loading", "PlannedBatch", "Room", "Source", "Splits", "StreamSource", "Subset",
+    "all_share", "build", "cache_room", "check", "check_report", "demands", "describe", "eval_batches", "eval_source",
+    "first_recipe_for", "format_of", "in_any_order", "is_there", "loading", "preview", "share", "still_window",
+    "task_bytes", "total_windows", "train_windows", "who_reads_what", "windows_per_epoch", "with_cache",
+    "without_lost", "worker_death", "workers", "worst_window",
 ]  # fmt: skip
 
 _TASKS_AHEAD = 16  # micro-batches of a stream, encoded
@@ -181,6 +193,7 @@ def train_windows(
     std: tuple[float, ...],
     micro: int | None = None,
     device: torch.device | str = "cpu",
+    by: Loading | None = None,
 ) -> Iterator[list[Batch]]:
     """This rank's micro-batches of each window in [start_window, end_window). One may be empty: see ``without_lost``.
 
@@ -192,6 +205,7 @@ def train_windows(
         micro: images per micro-batch, where ``batch.micro`` leaves it open.
         device: where the batches will be used; with ``data.pixels`` there, they come as PlannedBatch, and on a GPU
             their copy is under way.
+        by: loader processes and their queues; None: as ``loading`` settles them.
     Raises:
         UserError: from ``next``: a record is broken, or a worker was ended from outside.
     """
@@ -199,8 +213,9 @@ def train_windows(
     tasks = _tasks(recipe, source, micro, rank, num_ranks, start_window, end_window)
     device, streamed = torch.device(device), isinstance(source, StreamSource)
     on_device, leave_out = _on_device(recipe, device), recipe.data.on_bad != "stop"
+    by = by or loading(recipe, source, micro=micro, num_ranks=num_ranks, device=device)[0]
     ordered = Ahead(tasks, _TASKS_AHEAD) if streamed else tasks
-    batches = loader.batches(source, ordered, **_loading(recipe, mean, std), on_device=on_device, leave_out=leave_out)
+    batches = loader.batches(source, ordered, **_how(recipe, by, mean, std), on_device=on_device, leave_out=leave_out)
     return ahead(loader.windows(batches, tasks), device)
 
 
@@ -265,8 +280,9 @@ def with_cache(recipe: Recipe, splits: Splits, quiet: bool = False) -> Splits:
         return tqdm(items, "cache", total, disable=True if quiet else None, leave=False, delay=2)
 
     folder = Path(d.cache_folder or _CACHES)
+    building = int(workers.room().cores) if d.workers == "auto" else d.workers
     (train, one), (val, two) = (
-        cache.cached(source, d.cache, folder, workers=d.workers, progress=progress, **how)
+        cache.cached(source, d.cache, folder, workers=building, progress=progress, **how)
         for source, how in _kept(recipe, splits)
     )
     return replace(splits, train=train, val=val, found=[*splits.found, one, two])
@@ -303,45 +319,6 @@ def _kept(recipe: Recipe, splits: Splits) -> list[tuple[Source, dict]]:
     ]
 
 
-def cost(recipe: Recipe, source: Source, mean: tuple[float, ...], std: tuple[float, ...], device) -> ImageCost:
-    """What a loader process spends on a training image."""
-    tasks = _tasks(recipe, source, 4, 0, 1, 0, min(12, windows_per_epoch(len(source), 4)), size=4, grouped=False)
-    return image_cost(tasks, mean, std, _on_device(recipe, torch.device(device)))
-
-
-def _on_device(recipe: Recipe, device: torch.device) -> bool:
-    return recipe.data.pixels == "device" or (recipe.data.pixels == "auto" and device.type == "cuda")
-
-
-def worst_window(recipe: Recipe, source: Source) -> tuple[tuple[int, int], int]:
-    """What the most demanding window can hold: canvas (h, w) in pixels, and boxes in one image. Nothing is decoded; of
-    a stream it is what the recipe allows, and as many boxes as there are queries."""
-    if isinstance(source, StreamSource):
-        return _with_strong(recipe, (recipe.data.augment.max_size,) * 2), recipe.model.num_queries
-    canvas = _with_strong(recipe, worst_canvas(_sizes(source), _policy(recipe)))
-    strong = _strong(recipe, len(source))
-    return canvas, source.most_boxes() if strong is None else strong.most_boxes(source.most_boxes())
-
-
-def _with_strong(recipe: Recipe, canvas_px: tuple[int, int]) -> tuple[int, int]:
-    """A canvas that also holds what the stronger augmentations make."""
-    strong = _strong(recipe, 1)
-    height, width = (0, 0) if strong is None else strong.worst_size(_policy(recipe))
-    return max(canvas_px[0], height), max(canvas_px[1], width)
-
-
-@dataclass(frozen=True)
-class Demands:
-    """The largest shapes that a recipe's data can bring. Sizes are (h, w) in pixels."""
-
-    canvas_px: tuple[int, int]  # of a training window
-    most_boxes: int  # in one training image
-    eval_canvas_px: tuple[int, int]
-    num_classes: int
-    num_images: int | None  # in the training split; None: not known
-    assumed: bool  # the data were not there, so these are what any data could bring
-
-
 def is_there(recipe: Recipe) -> bool:
     """Whether there is a data set to look at; one that is broken counts as there, and is refused when it is opened."""
     d = recipe.data
@@ -349,49 +326,6 @@ def is_there(recipe: Recipe) -> bool:
     if d.format != "coco":
         return d.root is None or d.format == "shapes" or root.exists()
     return root.exists() if d.train_annotations is None else (root / Path(d.train_annotations).expanduser()).exists()
-
-
-def demands(recipe: Recipe, splits: Splits | None) -> Demands:
-    """
-    Args:
-        splits: of ``build``; None: the data are not there. Then every image may have any shape, so that a window's
-            canvas is ``max_size`` both ways, and one has as many boxes as there are queries; there are COCO's 80
-            classes.
-    """
-    a, d = recipe.data.augment, recipe.data
-    if splits is None:
-        long = d.eval_max_size
-        eval_canvas = (long, long) if recipe.evaluate.batch > 1 else (min(d.eval_size, long), long)
-        canvas = _with_strong(recipe, (a.max_size, a.max_size))
-        return Demands(canvas, recipe.model.num_queries, eval_canvas, 80, None, True)
-    canvas, most_boxes = worst_window(recipe, splits.train)
-    sizes = [eval_plan(s, d.eval_size, d.eval_max_size).size_px for s in {*_sizes(splits.val)}]
-    if recipe.evaluate.batch > 1:
-        eval_canvas = max(h for h, _ in sizes), max(w for _, w in sizes)
-    else:
-        eval_canvas = max(sizes, key=lambda size: size[0] * size[1])
-    return Demands(canvas, most_boxes, eval_canvas, len(splits.train.classes), len(splits.train), False)
-
-
-def _sizes(source: Source) -> Iterator[tuple[int, int]]:
-    return (source.size_px(i) for i in range(len(source)))
-
-
-def _policy(recipe: Recipe) -> Augmentation:
-    a = recipe.data.augment
-    return Augmentation(
-        a.flip, tuple(a.scales), a.max_size, a.crop, tuple(a.crop_scales), tuple(a.crop_size), a.scale_by
-    )
-
-
-def _strong(recipe: Recipe, num_images: int) -> augment.Strong | None:
-    return augment.strong_of(total_windows(recipe, num_images), recipe.data.augment.model_dump())
-
-
-def total_windows(recipe: Recipe, num_images: int) -> int:
-    """Length of a training in windows."""
-    per_epoch = windows_per_epoch(num_images, recipe.batch.size)
-    return recipe.schedule.steps or max(1, round(recipe.schedule.epochs * per_epoch))
 
 
 def eval_batches(
@@ -403,17 +337,23 @@ def eval_batches(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     keep_faults: bool = False,
+    count: int | None = None,
 ) -> Iterator[Batch | UserError]:
     """This rank's batches of a split: each image once over all ranks, in batches that do not depend on their number.
     Images that cannot be read are in no batch but in its ``lost``, unless ``data.on_bad`` is to stop.
 
     Args:
         keep_faults: yield the error of a broken image in the place of its batch, and go on.
+        count: loader processes, where data.workers is auto and they were measured.
     """
-    d = recipe.data
+    d, room = recipe.data, workers.room(queue_gib=recipe.data.queue_gib)
     tasks = EvalTasks(source, recipe.evaluate.batch, d.eval_size, d.eval_max_size, rank, num_ranks)
     leave_out = recipe.data.on_bad != "stop" and not keep_faults
-    return loader.batches(source, tasks, **_loading(recipe, mean, std), keep_faults=keep_faults, leave_out=leave_out)
+    sizes = [eval_plan(s, d.eval_size, d.eval_max_size).size_px for s in {*_sizes(source)}]
+    canvas_px = max((h for h, _ in sizes), default=1) * max((w for _, w in sizes), default=1)
+    count = _count(recipe, room) if count is None else count
+    by, _ = workers.within(count, d.prefetch, 1, recipe.evaluate.batch * canvas_px * (3 * 4 + 1), room)
+    return loader.batches(source, tasks, **_how(recipe, by, mean, std), keep_faults=keep_faults, leave_out=leave_out)
 
 
 def still_window(
@@ -440,11 +380,11 @@ def still_window(
     return [make_batch(source, task, tuple(mean), tuple(std)) for task in tasks]
 
 
-def _loading(recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...]) -> dict:
+def _how(recipe: Recipe, by: Loading, mean: tuple[float, ...], std: tuple[float, ...]) -> dict:
     return {
         "mean": tuple(mean),
         "std": tuple(std),
-        "workers": recipe.data.workers,
-        "prefetch": recipe.data.prefetch,
+        "workers": by.workers,
+        "prefetch": by.prefetch,
         "pin_memory": recipe.device == "auto" and torch.cuda.is_available(),
     }

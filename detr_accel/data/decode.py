@@ -8,6 +8,7 @@ a half, a quarter or an eighth of the size in less still. Everything else, and e
 from __future__ import annotations
 
 import io
+import time
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +158,23 @@ def _check_pixels(size_px: tuple[int, int]) -> None:
         raise ValueError(f"its record says {size_px[1]}x{size_px[0]} pixels, which is too much")
 
 
+_read_seconds = 0.0
+
+
+def seconds_reading() -> float:
+    """What this process has spent on reading files so far."""
+    return _read_seconds
+
+
+def _timed_bytes(path: str | Path) -> bytes:
+    global _read_seconds
+    begun = time.perf_counter()
+    try:
+        return read_bytes(path)
+    finally:
+        _read_seconds += time.perf_counter() - begun
+
+
 def read_bytes(path: str | Path) -> bytes:
     with open(path, "rb") as file:
         return file.read()
@@ -167,7 +185,7 @@ def _read_jpeg(
 ) -> np.ndarray | None:
     """None where Pillow should look: no ordinary JPEG of this size, or something is wrong with it."""
     try:
-        data = read_bytes(path) if data is None else data
+        data = _timed_bytes(path) if data is None else data
         if data[:3] != b"\xff\xd8\xff":
             return None
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from detr_accel.data.compose import compose, mean_levels
 from detr_accel.data.geometry import Plan
-from detr_accel.structures import Batch, Lost, Targets
+from detr_accel.structures import Batch, LoaderTime, Lost, Targets
 
 T = TypeVar("T")
 
@@ -38,6 +38,7 @@ class PlannedBatch:
     window: int = 0
     epoch: int = 0
     lost: tuple[Lost, ...] = ()
+    spent: LoaderTime | None = None
     _arrived: torch.cuda.Event | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
@@ -51,6 +52,7 @@ class PlannedBatch:
         return replace(
             self, pixels=self.pixels[sum(counts[:first]) : sum(counts[:last])], sizes_px=self.sizes_px[first:last],
             plans=self.plans[cut], targets=self.targets[cut], positions=self.positions[cut], lost=(),
+            spent=None,
         )  # fmt: skip
 
     def pin_memory(self) -> PlannedBatch:

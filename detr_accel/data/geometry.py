@@ -88,6 +88,18 @@ class Layer:
     weight: float = 1.0  # of its pixels; 1 hides what is beneath
 
 
+@dataclass(frozen=True)
+class Demands:
+    """The largest shapes that a recipe's data can bring. Sizes are (h, w) in pixels."""
+
+    canvas_px: tuple[int, int]  # of a training window
+    most_boxes: int  # in one training image
+    eval_canvas_px: tuple[int, int]
+    num_classes: int
+    num_images: int | None  # in the training split; None: not known
+    assumed: bool  # the data were not there, so these are what any data could bring
+
+
 def resized(size_px: Size, short: int, max_size: int | None) -> Size:
     """The size after a resize of the short side to ``short``, less where the long side would pass ``max_size``.
 

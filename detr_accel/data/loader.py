@@ -16,14 +16,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from detr_accel.data.collate import make_batch, plan_batch
+from detr_accel.data.cost import TimedMaking
 from detr_accel.data.device import PlannedBatch
 from detr_accel.data.sampler import Task, TrainTasks
 from detr_accel.data.source import Source
 from detr_accel.structures import Batch, Lost, UserError
 
 _MOST_LIKELY = (
-    "most often for lack of memory or shared memory: lower data.workers, data.prefetch or batch.micro (in a container, "
-    "give more with --shm-size)"
+    "most often for lack of memory or shared memory: lower data.workers, data.queue_gib or batch.micro (in a "
+    "container, give more with --shm-size)"
 )
 _GRACE_SECONDS = 30
 _ORPHAN_SECONDS = 1.0
@@ -35,15 +36,18 @@ class _Tasks(Dataset):
     def __init__(
         self, source: Source, mean: tuple[float, ...], std: tuple[float, ...], on_device: bool, leave_out: bool
     ):
-        self.source, self.mean, self.std = source, mean, std
-        self.make = functools.partial(plan_batch if on_device else make_batch, leave_out=leave_out)
+        self.mean, self.std = mean, std
+        make = functools.partial(plan_batch if on_device else make_batch, leave_out=leave_out)
+        self.make = TimedMaking(source, make)
 
     def __getitem__(self, task: Task) -> Batch | PlannedBatch | UserError:
         try:
-            batch = self.make(self.source, task, self.mean, self.std)
+            batch = self.make(task, self.mean, self.std)
             if get_worker_info() is not None:
+                begun = time.perf_counter()
                 # The move is due anyway; left to the queue's own thread, a full /dev/shm would be an endless wait.
                 batch.share_memory_()
+                batch.spent.pixels += time.perf_counter() - begun
             return batch
         except UserError as error:
             return error

@@ -73,27 +73,31 @@ def build(
     return sinks
 
 
-def about(recipe: Recipe, num_images: int, *, on_gpu: bool = False) -> About:
+def about(recipe: Recipe, num_images: int, *, on_gpu: bool = False, cores: int = 1) -> About:
     """The recipe's numbers that alarms speak of.
 
     Args:
         num_images: in the training split.
         on_gpu: whether the training device is one.
+        cores: that a process may use.
     """
     m, o = recipe.model, recipe.optim
     return About(
         lr=o.lr, clip_norm=o.clip_norm, warmup_steps=recipe.schedule.warmup_steps, batch_size=recipe.batch.size,
-        num_queries=m.num_queries, workers=recipe.data.workers, from_scratch=m.init_from is None, on_gpu=on_gpu,
-        num_images=num_images,
+        num_queries=m.num_queries, from_scratch=m.init_from is None, on_gpu=on_gpu, num_images=num_images, cores=cores,
+        cached=recipe.data.cache != "none" or recipe.data.hub.streaming,
     )  # fmt: skip
 
 
-def build_alarms(recipe: Recipe, state: Memory, num_images: int, device: torch.device) -> Alarms | None:
+def build_alarms(
+    recipe: Recipe, state: Memory, num_images: int, device: torch.device, cores: int = 1
+) -> Alarms | None:
     """Who judges the run; None where the recipe wants no alarms.
 
     Args:
         state: what judging remembers; part of the run's state.
         num_images: in the training split.
+        cores: that a process may use.
     Raises:
         UserError: a title in alarms.off that no alarm has.
     """
@@ -102,7 +106,7 @@ def build_alarms(recipe: Recipe, state: Memory, num_images: int, device: torch.d
         raise UserError(f"alarms.off: no alarm is called {unknown[0]!r}; there are: {', '.join(TITLES)}")
     if not recipe.alarms.enabled:
         return None
-    numbers = about(recipe, num_images, on_gpu=device.type == "cuda")
+    numbers = about(recipe, num_images, on_gpu=device.type == "cuda", cores=cores)
     return Alarms(numbers, state, off=recipe.alarms.off, again_after=recipe.alarms.again_after)
 
 

@@ -1,7 +1,8 @@
 """The alarms, one small function each, and the table of them at the end.
 
 A rule looks at the window in hand, at the bounded past and at the recipe's numbers, and answers with an alarm or None.
-To add one: write the function, add its row, make a history on which it fires in tests/monitor/test_alarms.py.
+To add one: write the function, add its row, make a history on which it fires in tests/monitor/test_alarms.py. What
+depends on time and memory is in machine_rules.py.
 The figures in the rules were set between what healthy runs and broken ones show: docs/not-learning.md.
 """
 
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
 
-from detr_accel.structures import StepStats
+from detr_accel.structures import LoaderTime, StepStats
 
 KEPT = 200  # windows that are remembered one by one
 BLOCK = 100  # windows whose mean loss is remembered for longer
@@ -40,7 +41,8 @@ class About:
     warmup_steps: int = 0
     batch_size: int = DETR_BATCH
     num_queries: int = 100
-    workers: int = 2
+    cores: int = 2  # that a process may use
+    cached: bool = False  # data.cache
     from_scratch: bool = True  # no model.init_from
     on_gpu: bool = True
     num_images: int = 10**6  # in the training split
@@ -54,12 +56,13 @@ class Past:
     blocks: list[float] = field(default_factory=list)
     evaluations: list[dict[str, float]] = field(default_factory=list)
     head_loaded: float = 0.0
-    seconds: list[tuple[float, float]] = field(default_factory=list)  # (all, of which waiting); not kept over a resume
+    # of the last windows: seconds, of which waiting, and what making the images took; not kept over a resume
+    machine: list[tuple[float, float, LoaderTime]] = field(default_factory=list)
 
     def add(self, stats: StepStats) -> bool:
         """Returns whether the window is one to judge: those that were refused have their own alarm, and are no measure
         of what comes after."""
-        self.seconds = [*self.seconds[-49:], (stats.seconds, stats.wait_seconds)]
+        self.machine = [*self.machine[-49:], (stats.seconds, stats.wait_seconds, stats.loader)]
         if not (stats.accepted and math.isfinite(stats.loss) and math.isfinite(stats.grad_norm)):
             return False
         named = {"window": stats.window, "loss": stats.loss, "grad_norm": stats.grad_norm, "images": stats.num_images}
@@ -360,31 +363,6 @@ def part_without_rate(now: StepStats, past: Past, about: About) -> Alarm | None:
     )
 
 
-# --- the machine: these depend on clock and memory
-
-
-def device_starved(now: StepStats, past: Past, about: About) -> Alarm | None:
-    """On a CPU the loader works on the same cores, so waiting for it says nothing."""
-    total, waited = (sum(x) for x in zip(*past.seconds, strict=True))
-    if not about.on_gpu or len(past.seconds) < 50 or waited <= 0.3 * total:
-        return None
-    return Alarm(
-        f"the device waited for images {100 * waited / total:.0f} % of the last 50 windows' time: raise data.workers "
-        f"(it is {about.workers} per process), then data.prefetch; smaller files or a faster disk help too"
-    )
-
-
-def memory_close(now: StepStats, past: Past, about: About) -> Alarm | None:
-    if now.memory_fraction is None or now.memory_fraction < 0.95:
-        return None
-    where = "the GPU's memory" if about.on_gpu else "the machine's memory"
-    return Alarm(
-        f"{100 * now.memory_fraction:.0f} % of {where} is taken at window {now.window}: a larger window may not fit "
-        "(it would then be repeated in smaller parts); lower batch.micro (the result stays the same), set "
-        "model.activation_checkpointing=auto, or end what else uses the memory"
-    )
-
-
 # --- evaluations
 
 
@@ -424,10 +402,6 @@ EVERY_WINDOW: dict[str, Rule] = {
     "More boxes than queries": more_boxes_than_queries,
     "Nothing learns": nothing_learns,
     "Part without learning rate": part_without_rate,
-}
-MACHINE: dict[str, Rule] = {
-    "Device waits for images": device_starved,
-    "Memory nearly full": memory_close,
 }
 AT_EVALUATION: dict[str, Callable[[Past, About], Alarm | None]] = {"Validation gets worse": overfit}
 

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from detr_accel.monitor.alarm_rules import AT_EVALUATION, EVERY_WINDOW, MACHINE, About, Alarm, Past, Rule
+from detr_accel.monitor.alarm_rules import AT_EVALUATION, EVERY_WINDOW, About, Alarm, Past, Rule
+from detr_accel.monitor.machine_rules import MACHINE
 from detr_accel.structures import StepStats
 
 __all__ = ["TITLES", "About", "Alarm", "Alarms", "Past", "judge_rows"]

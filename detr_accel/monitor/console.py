@@ -86,7 +86,9 @@ class Console:
         if self.bars is not None:
             return
         left = f", {words(seconds_left)} left" if seconds_left is not None else ""
-        self.say(f"epoch {stats.epoch:.2f} window {stats.window}/{self.total}: {_figures(stats, speed)}{left}")
+        padding = f", padding {100 * speed['padding']:.0f} %" if "padding" in speed else ""
+        place = f"epoch {stats.epoch:.2f} window {stats.window}/{self.total}"
+        self.say(f"{place}: {_figures(stats, speed)}{padding}{left}")
 
     def evaluation(
         self, metrics: Any, *, window: int, epoch: float, weights: str, best: str, extra: dict[str, float]

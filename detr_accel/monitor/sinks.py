@@ -70,7 +70,7 @@ class Sinks:
 
     def tick(self, stats: StepStats) -> None:
         """Every window: moves the bars and the clocks, writes nothing."""
-        self.meter.add(stats.num_images, stats.seconds, stats.wait_seconds)
+        self.meter.add(stats)
         self.eta.add(stats.window, stats.seconds)
         self.console.tick(stats)
         self._say_eta()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from statistics import median
 
+from detr_accel.structures import LoaderTime, StepStats
+
 
 class Eta:
     """Time per epoch and time left, from the windows seen so far, with evaluations and checkpoints included.
@@ -80,27 +82,43 @@ class Eta:
 
 
 class Meter:
-    """What happened since the last logged row: windows, images, seconds, and of those the wait for data."""
+    """What happened since the last logged row: windows, images, seconds and their parts, padding, and what the loader
+    processes of this process did."""
 
     def __init__(self) -> None:
         self.windows = self.images = 0
-        self.seconds = self.wait_seconds = 0.0
+        self.seconds = self.wait_seconds = self.padding = self.worker_seconds = 0.0
+        self.sections: dict[str, float] = {}
+        self.loader = LoaderTime()
 
-    def add(self, num_images: int, seconds: float, wait_seconds: float) -> None:
+    def add(self, stats: StepStats) -> None:
         self.windows += 1
-        self.images += num_images
-        self.seconds += seconds
-        self.wait_seconds += wait_seconds
+        self.images += stats.num_images
+        self.seconds += stats.seconds
+        self.wait_seconds += stats.wait_seconds
+        self.padding += stats.facts.get("padding", 0.0)
+        self.worker_seconds += stats.seconds * max(1, stats.workers)
+        self.loader += stats.loader
+        for name, seconds in stats.sections.items():
+            self.sections[name] = self.sections.get(name, 0.0) + seconds
 
     def take(self) -> dict[str, float]:
-        """The figures so far, per window and per second; starts anew."""
+        """The figures so far, per window and per second; starts anew. ``share_...`` are parts of the time on this
+        process; ``read_ms``, ``decode_ms`` and ``pixels_ms`` are a loader process's, per image."""
         windows, seconds = max(1, self.windows), max(self.seconds, 1e-9)
         row = {
             "seconds": self.seconds / windows,
             "wait_seconds": self.wait_seconds / windows,
             "wait_fraction": self.wait_seconds / seconds,
             "images_per_second": self.images / seconds,
+            "padding": self.padding / windows,
         }
+        whole = max(sum(self.sections.values()), 1e-9)
+        row |= {f"share_{name}": spent / whole for name, spent in self.sections.items()}
+        if self.loader.images:
+            cost = self.loader.per_image()
+            row |= {f"{name}_ms": 1e3 * getattr(cost, name) for name in ("read", "decode", "pixels")}
+            row["loader_busy"] = cost.total * self.loader.images / max(self.worker_seconds, 1e-9)
         self.__init__()
         return row
 

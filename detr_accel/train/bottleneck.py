@@ -6,41 +6,27 @@ on a GPU waits for the device at each turn and so slows the training that is mea
 
 from __future__ import annotations
 
-import os
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import islice
 
 import numpy as np
 import torch
 
 from detr_accel import data, models
-from detr_accel.data import ImageCost
-from detr_accel.monitor import memory
+from detr_accel.monitor import feeding, memory
+from detr_accel.monitor.feeding import Feed, Verdict
 from detr_accel.monitor.stopwatch import Stopwatch
 from detr_accel.recipe import Recipe
-from detr_accel.structures import Batch, UserError
+from detr_accel.structures import Batch, ImageCost, LoaderTime, UserError
 from detr_accel.train import launch, memory_fit, parts
 from detr_accel.train.checkpoint import State
+from detr_accel.train.feeder import Feeder
 from detr_accel.train.parts import Parts
 
-SECTIONS = ("wait", "copy", "forward", "matcher", "loss", "backward", "optimizer", "evaluation", "other")
+SECTIONS = ("wait", "copy", "forward", "matcher", "loss", "backward", "reduce", "optimizer", "evaluation", "other")
 WORTH = 0.15  # a share of the time below which nothing is said about it
-WARM_WINDOWS = 2
-
-
-@dataclass
-class Verdict:
-    """What holds the training up, in words, and what would help.
-
-    Args:
-        name: disk, decoding, pixels, workers, matching, evaluation or computing.
-        changes: recipe keys and values to try.
-    """
-
-    name: str
-    text: str
-    changes: dict[str, object] = field(default_factory=dict)
+WARM_WINDOWS = 3
 
 
 @dataclass
@@ -54,6 +40,7 @@ class Findings:
     images_per_second: float
     peak_gib: float
     verdict: Verdict
+    said: str = ""  # about the loader
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -69,6 +56,7 @@ class Findings:
             f"in each of {self.workers} loader processes, ms per image: read {1e3 * i.read:.1f}, decode "
             f"{1e3 * i.decode:.1f}, pixels {1e3 * i.pixels:.1f}",
         ]
+        rows += [self.said] if self.said else []
         return "\n".join([*rows, f"verdict: {self.verdict.text}"])
 
 
@@ -88,14 +76,15 @@ def look(recipe: Recipe, seconds: float = 60.0) -> Findings:
     if state.micro is None:
         state.micro, state.checkpointed, _ = memory_fit.fit(built, "auto", recipe.model.activation_checkpointing)
     parts.prepare(built)
-    cost = data.cost(recipe, splits.train, built.bare.mean, built.bare.std, accelerator.device)
-    spent, windows, images = _train(built, state, seconds)
+    spent, windows, images, loader, said = _train(built, state, seconds)
+    cost = loader.per_image()
     spent["evaluation"] = _evaluation(built, seconds / 4) * _evaluations(recipe) / built.length.per_epoch
     ordered = {name: spent.get(name, 0.0) for name in SECTIONS}
-    verdict = judge(recipe, ordered, cost, recipe.data.workers, os.cpu_count() or 1, images / windows)
+    cores = max(1, int(data.workers.room().cores))
+    verdict = judge(recipe, ordered, cost, built.workers, cores, images / windows)
     return Findings(
-        ordered, cost, recipe.data.workers, windows, images / windows / sum(ordered.values()),
-        memory.peak_gib(accelerator.device), verdict,
+        ordered, cost, built.workers, windows, images / windows / sum(ordered.values()),
+        memory.peak_gib(accelerator.device), verdict, said,
     )  # fmt: skip
 
 
@@ -104,41 +93,23 @@ def _evaluations(recipe: Recipe) -> float:
     return 1 / recipe.evaluate.every_epochs
 
 
-class _Arriving:
-    """A micro-batch whose way to the device is timed."""
-
-    def __init__(self, batch, clock: Stopwatch) -> None:
-        self.batch, self.clock = batch, clock
-
-    def __len__(self) -> int:
-        return len(self.batch)
-
-    def __getattr__(self, name: str):
-        return getattr(self.batch, name)
-
-    def to(self, device, non_blocking: bool = False) -> Batch:
-        with self.clock.section("copy"):
-            return self.batch.to(device, non_blocking)
-
-
-def _train(built: Parts, state: State, seconds: float) -> tuple[dict[str, float], int, float]:
-    """Seconds per window by section, windows seen, and their images."""
-    clock, accelerator, o = Stopwatch(built.accelerator.device), built.accelerator, built.recipe.optim
-    handles = _watch(built, clock)
-    stream = data.train_windows(
-        built.recipe, built.splits.train, rank=0, num_ranks=1, start_window=0, end_window=built.length.total,
-        mean=built.bare.mean, std=built.bare.std, micro=state.micro, device=accelerator.device,
-    )  # fmt: skip
-    begun, windows, images = time.perf_counter(), 0, 0
+def _train(built: Parts, state: State, seconds: float) -> tuple[dict[str, float], int, float, LoaderTime, str]:
+    """Seconds per window by section, windows seen, their images, what making all of them took, and what is said
+    about the loader."""
+    clock, o = Stopwatch(built.accelerator.device), built.recipe.optim
+    built.runner.clock = clock
+    stream = Feeder(built, 0, state.micro, skipped=1, measured=WARM_WINDOWS - 1)
+    begun, windows, images, loader, told = time.perf_counter(), 0, 0, LoaderTime(), "\n".join(stream.said)
     try:
         while True:
             with clock.section("wait"):
                 batches = next(stream, None)
             if batches is None:
                 break
+            begun_window = time.perf_counter()
             with clock.section("other"):
                 built.optimizer.zero_grad(set_to_none=True)
-                result = built.runner.run([_Arriving(b, clock) for b in batches])
+                result = built.runner.run(batches)
                 if result.failure or result.out_of_memory:
                     raise UserError(result.failure or "out of memory: set batch.micro=auto, which finds what fits")
                 with clock.section("optimizer"):
@@ -147,6 +118,9 @@ def _train(built: Parts, state: State, seconds: float) -> tuple[dict[str, float]
                     if built.ema is not None:
                         built.ema.update(built.bare)
             windows, images = windows + 1, images + result.num_images
+            spent = sum((b.spent for b in batches if b.spent is not None), LoaderTime())
+            told = stream.seen(spent, time.perf_counter() - begun_window) or told
+            loader += spent
             if windows == WARM_WINDOWS:  # workers start, kernels are chosen
                 clock.take()
                 begun, counted, seen = time.perf_counter(), windows, images
@@ -154,31 +128,9 @@ def _train(built: Parts, state: State, seconds: float) -> tuple[dict[str, float]
                 break
     finally:
         stream.close()
-        for handle in handles:
-            handle.remove()
     if windows <= WARM_WINDOWS:
         raise UserError(f"the run has {windows} windows, too few to look at: raise schedule.epochs")
-    return {k: v / (windows - counted) for k, v in clock.take().items()}, windows - counted, images - seen
-
-
-def _watch(built: Parts, clock: Stopwatch) -> list:
-    """Put the clock into the window's parts; returns what takes the hooks out again."""
-    opened: list = []
-
-    def enter(name: str) -> None:
-        opened.append(clock.section(name))
-        opened[-1].__enter__()
-
-    def leave(*_) -> None:
-        opened.pop().__exit__(None, None, None)
-
-    handles = []
-    for module, name in ((built.runner.model, "forward"), (built.criterion, "loss")):
-        handles.append(module.register_forward_pre_hook(lambda *_, name=name: enter(name)))
-        handles.append(module.register_forward_hook(leave))
-    clock.watch(built.criterion, "matcher", "matcher")
-    clock.watch(built.accelerator, "backward", "backward")
-    return handles
+    return {k: v / (windows - counted) for k, v in clock.take().items()}, windows - counted, images - seen, loader, told
 
 
 def _evaluation(built: Parts, seconds: float) -> float:
@@ -236,48 +188,9 @@ def judge(
             f"({recipe.evaluate.batch})",
             {"evaluate.every_epochs": every},
         )
-    return _loading(recipe, seconds, cost, workers, cores, images)
-
-
-def _loading(
-    recipe: Recipe, seconds: dict[str, float], cost: ImageCost, workers: int, cores: int, images: float
-) -> Verdict:
-    share = 100 * seconds["wait"] / sum(seconds.values())
-    waits = f"the device waits {share:.0f} % of the time for images"
-    busy = sum(seconds.values()) - seconds["wait"]
-    needed = int(np.ceil(1.2 * images * cost.total / max(busy, 1e-9)))
-    cached = recipe.data.cache != "none" or recipe.data.hub.streaming  # of which nothing is kept
-    if cost.read > 0.5 * cost.total and not cached:
-        return Verdict(
-            "disk",
-            f"{waits}, and reading a file takes {1e3 * cost.read:.0f} ms of the {1e3 * cost.total:.0f} ms that a "
-            "loader process spends on one: a slow or remote disk; data.cache=disk on a local one (data.cache_folder), "
-            "or data.cache=ram, reads each file once, and more data.workers read at the same time",
-            {"data.cache": "ram"},
-        )
-    if cost.decode > 0.5 * cost.total and cost.excess > 4 and not cached:
-        return Verdict(
-            "decoding",
-            f"{waits}, and decoding takes {1e3 * cost.decode:.0f} ms an image: the files have {cost.excess:.0f} times "
-            "the pixels that are used; data.cache=disk (or ram) keeps them at the size that is needed",
-            {"data.cache": "disk"},
-        )
-    if workers < min(needed, cores):
-        better = min(needed, cores)
-        return Verdict(
-            "workers",
-            f"{waits}, and {workers} loader process{'es' * (workers != 1)} cannot keep up: data.workers={better} "
-            f"({needed} would be needed, {cores} cores are there)",
-            {"data.workers": better},
-        )
-    biggest = "decoding" if cost.decode > cost.pixels else "pixels"
-    remedy = "data.cache=disk saves the decoding" if not cached else "smaller data.augment.scales need fewer pixels"
-    return Verdict(
-        biggest,
-        f"{waits}, {workers} loader processes on {cores} cores are all there can be, and {biggest} takes most of their "
-        f"time; {remedy}",
-        {} if cached else {"data.cache": "disk"},
-    )
+    kept = recipe.data.cache != "none" or recipe.data.hub.streaming  # of which nothing can be kept
+    busy = whole - seconds["wait"]
+    return feeding.judge(Feed(shares["wait"], cost, busy, images, workers, cores, kept))
 
 
 def _computing(recipe: Recipe, shares: dict[str, float]) -> Verdict:

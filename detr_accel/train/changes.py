@@ -33,6 +33,7 @@ RULES = {
     "data.hub.revision": SAFE,
     "data.workers": SAFE,
     "data.prefetch": SAFE,
+    "data.queue_gib": SAFE,
     "data.cache": SAFE,
     "data.cache_folder": SAFE,
     "data.pixels": SAFE,  # the same pictures to one of 255 steps

@@ -11,6 +11,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -18,13 +19,15 @@ from accelerate import Accelerator
 from detr_accel import data, models, monitor
 from detr_accel import recipe as recipes
 from detr_accel.monitor.alarms import Alarm
+from detr_accel.monitor.stopwatch import Stopwatch
 from detr_accel.recipe import Recipe
-from detr_accel.structures import Batch, StepStats, UserError
+from detr_accel.structures import Batch, LoaderTime, StepStats, UserError
 from detr_accel.train import launch, memory_fit, parts, plan, resuming, validation
 from detr_accel.train.agree import everywhere, on_main
 from detr_accel.train.capture import Captures
 from detr_accel.train.checkpoint import State
 from detr_accel.train.commit import Commit
+from detr_accel.train.feeder import Feeder
 from detr_accel.train.lost import Roll
 from detr_accel.train.lost_images import LostImages
 from detr_accel.train.optim import set_lr
@@ -131,20 +134,19 @@ def _fit(built: Parts, state: State) -> list[str]:
 
 
 def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal) -> bool:
-    recipe, accelerator, train_split = built.recipe, built.accelerator, built.splits.train
+    recipe = built.recipe
     turn = _Turn(built, run, state, sinks, stop)
     if not turn.begin():
         return turn.over
     if state.window >= built.length.total:
         sinks.say(f"already done: {state.window} of {built.length.total} windows; a longer schedule.epochs goes on")
-    windows = data.train_windows(
-        recipe, train_split, rank=accelerator.process_index, num_ranks=accelerator.num_processes,
-        start_window=state.window, end_window=built.length.total, mean=built.bare.mean, std=built.bare.std,
-        micro=state.micro, device=accelerator.device,
-    )  # fmt: skip
-    for micro_batches, wait_seconds, failure in _timed(windows):
+    windows, clock = Feeder(built, state.window, state.micro), built.runner.clock
+    for line in windows.said:
+        sinks.say(line)
+    for micro_batches, wait_seconds, failure in _timed(windows, clock):
         begun = time.perf_counter()
         sinks.phases.watch((state.window + 1) % recipe.log.every == 0 or state.window + 1 == built.length.total)
+        loader = sum((b.spent for b in micro_batches if b.spent is not None), LoaderTime())
         micro_batches, lost = data.without_lost(micro_batches)
         built.optimizer.zero_grad(set_to_none=True)
         micro_batches, result = turn.run(micro_batches, failure)
@@ -158,15 +160,20 @@ def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal
         lr = set_lr(built.optimizer, parts.lr_factor(built, state))
         state.window += 1
         sinks.phases.begin("optimizer")
-        accepted = turn.commit(state, result, micro_batches)
+        with clock.section("optimizer"):
+            accepted = turn.commit(state, result, micro_batches)
         sinks.phases.begin(None)
         stats = _stats(result, state, built.length, lr, accepted, time.perf_counter() - begun, wait_seconds)
+        stats = replace(stats, sections=clock.take(), loader=loader, workers=windows.by.workers)
         sinks.tick(stats)
         turn.judge(stats)
         if state.window % recipe.log.every == 0 or state.window == built.length.total or not result.finite:
             sinks.log(stats)
         if not turn.after(result):
             return turn.over
+        told = windows.seen(loader, stats.seconds - stats.wait_seconds)
+        if told is not None:
+            sinks.say(told)
     return True
 
 
@@ -179,7 +186,8 @@ class _Turn:
         self.save = Saver(built, run, sinks)
         self.commit = Commit(built, run, sinks, Captures(built, run.path / "captures"))
         self.alarms = monitor.build_alarms(
-            built.recipe, state.alarms, len(built.splits.train), built.accelerator.device
+            built.recipe, state.alarms, len(built.splits.train), built.accelerator.device,
+            cores=max(1, int(data.workers.room().cores)),
         )
         self.account = LostImages(built, state, sinks)
         self.over = False  # early stopping ended the run
@@ -244,12 +252,12 @@ class _Turn:
         self.commit.settle(state)
         is_best = False
         if evaluation and not result.stop_requested:  # a stop saves first: the evaluation is owed, and due on resume
-            with self.sinks.timed("evaluation"):
+            with self.built.runner.clock.section("evaluation"), self.sinks.timed("evaluation"):
                 is_best = self._validate_or_save(state)
         stopping = result.stop_requested or self.validate.aborted
         over = not stopping and self._is_over()
         if counted or is_best or result.save_requested or stopping or over:
-            with self.sinks.timed("checkpoint"):
+            with self.built.runner.clock.section("checkpoint"), self.sinks.timed("checkpoint"):
                 must = stopping or over or state.window == length.total
                 self.save(state, is_best=is_best, counted=counted or is_best, must=must)
         if stopping:
@@ -318,14 +326,15 @@ def _write_start(built: Parts, run: RunFolder, state: State) -> None:
     run.status("running", window=state.window)
 
 
-def _timed(windows: Iterator) -> Iterator[tuple[list[Batch], float, str | None]]:
+def _timed(windows: Iterator, clock: Stopwatch) -> Iterator[tuple[list[Batch], float, str | None]]:
     """Each window with the seconds spent waiting for it, or with the words why it could not be loaded: this process
     alone knows, and must not leave the others waiting."""
     while True:
         begun = time.perf_counter()
         micro_batches, failure = [], None
         try:
-            micro_batches = next(windows)
+            with clock.section("wait"):
+                micro_batches = next(windows)
         except StopIteration:
             return
         except UserError as error:

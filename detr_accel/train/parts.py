@@ -54,6 +54,7 @@ class Parts:
     factor: Callable[[int], float]  # of the learning rate, by step
     health: Health
     loaded: list[str]  # what to say about the weights
+    workers: int | None = None  # loader processes, once they are settled
     head_loaded: float = 0.0  # share of the class head's rows that model.init_from brought
 
     @property
@@ -102,7 +103,7 @@ def build(recipe: Recipe, accelerator: Accelerator, splits: data.Splits, *, resu
     )  # fmt: skip
     return Parts(
         recipe, accelerator, splits, length, bare, criterion, groups, optimizer, optimizer, ema, runner,
-        schedule_of(recipe, length), health, loaded, head_loaded,
+        schedule_of(recipe, length), health, loaded, head_loaded=head_loaded,
     )  # fmt: skip
 
 

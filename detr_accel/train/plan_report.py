@@ -48,6 +48,9 @@ def lines(plan: Plan) -> list[str]:
         "",
         "highest by moment: " + ", ".join(f"{m} {_gib(peaks.moments[m])}" for m in MOMENTS),
     ]
+    if plan.recipe.data.workers != 0:
+        most = f"{plan.recipe.data.queue_gib:g} GiB of images that wait in the loader's queues"
+        told.append(f"beside it, in the host's memory: at most {most} (data.queue_gib), of each process")
     if plan.levers:
         told += ["", f"what each change alone would save, with batch.micro={plan.micro}:"]
         width = max(len(x.setting) for x in plan.levers)

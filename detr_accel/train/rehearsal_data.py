@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import time
-from pathlib import Path
-from statistics import median
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 
 from detr_accel import data
@@ -18,7 +14,6 @@ from detr_accel.recipe import Recipe
 from detr_accel.structures import UserError
 from detr_accel.train import parts
 
-GIB = 2**30
 MOST_DECODED = 500  # images looked at one by one, in each split
 BLANK = 0.5  # a larger share of images of one colour is no accident
 
@@ -34,7 +29,7 @@ def check(recipe: Recipe, splits: data.Splits, accelerator: Accelerator, seconds
         *look.boxes(train), *look.boxes(val), *look.classes(train, val), *_queries(recipe, train),
     ]  # fmt: skip
     _stop_at(findings)
-    _shared_memory(recipe, splits.train, train, accelerator.device)
+    findings += _queues(recipe, splits, accelerator)
     to_cache = data.cache_room(recipe, splits)
     try:
         first, read, rate = _first_windows(recipe, splits.train, accelerator, seconds / 3)
@@ -74,27 +69,13 @@ def _queries(recipe: Recipe, train: data.Source) -> list[look.Finding]:
     return [look.Finding(text, "raise model.num_queries where the weights allow it")]
 
 
-def _shared_memory(recipe: Recipe, train: data.Source, some: data.Source, device: torch.device) -> None:
-    """Workers hand batches over in /dev/shm; a container may have 64 MiB of it.
-
-    Args:
-        some: images of ``train`` that may be asked for.
-    """
-    place, micro = Path("/dev/shm"), 1 if recipe.batch.micro == "auto" else recipe.batch.micro
-    if recipe.data.workers == 0 or not place.is_dir():
-        return
-    (height, width), _ = data.worst_window(recipe, train)
-    micro = min(micro, recipe.batch.size)
-    image = height * width * (3 * 4 + 1)  # float32, and the mask
-    if recipe.data.pixels == "device" or (recipe.data.pixels == "auto" and device.type == "cuda"):  # as decoded
-        image = 3 * median(h * w for h, w in map(some.size_px, range(min(100, len(some)))))
-    needed = recipe.data.workers * recipe.data.prefetch * micro * image
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise UserError(
-            f"{recipe.data.workers} loader processes may hold {needed / GIB:.2f} GiB of shared memory and {place} has "
-            f"{free / GIB:.2f} GiB free: lower data.workers or data.prefetch (in a container, give more: --shm-size)"
-        )
+def _queues(recipe: Recipe, splits: data.Splits, accelerator: Accelerator) -> list[look.Finding]:
+    """Workers hand batches over in /dev/shm; a container may have 64 MiB of it."""
+    micro = 1 if recipe.batch.micro == "auto" else min(recipe.batch.micro, recipe.batch.size)
+    _, note = data.loading(
+        recipe, splits.train, micro=micro, num_ranks=accelerator.num_processes, device=accelerator.device
+    )
+    return [look.Finding(note.removeprefix("loader: "))] if note else []
 
 
 def _first_windows(

@@ -25,7 +25,7 @@ from detr_accel.monitor import memory
 from detr_accel.monitor.jsonl import JsonLines
 from detr_accel.monitor.sinks import Silent
 from detr_accel.recipe import Recipe
-from detr_accel.structures import UserError
+from detr_accel.structures import LoaderTime, UserError
 from detr_accel.train import (
     checkpoint,
     launch,
@@ -40,6 +40,7 @@ from detr_accel.train.agree import everywhere, on_main
 from detr_accel.train.capture import Captures
 from detr_accel.train.checkpoint import State
 from detr_accel.train.commit import Commit
+from detr_accel.train.feeder import Feeder
 from detr_accel.train.optim import set_lr
 from detr_accel.train.parts import Parts
 from detr_accel.train.rehearsal_process import Trouble
@@ -245,15 +246,13 @@ def _windows(built: Parts, state: State, seconds: float) -> dict[str, Any]:
     recipe, accelerator = built.recipe, built.accelerator
     state = copy.deepcopy(state)
     commit = Commit(built, RunFolder(Path()), Silent(), Captures(built, Path()))
-    stream = data.train_windows(
-        recipe, built.splits.train, rank=accelerator.process_index, num_ranks=accelerator.num_processes,
-        start_window=0, end_window=built.length.total, mean=built.bare.mean, std=built.bare.std, micro=state.micro,
-        device=accelerator.device,
-    )  # fmt: skip
+    stream = Feeder(built, 0, state.micro, skipped=1, measured=4)
     times: list[float] = []
+    told = ""
     begun = last = time.perf_counter()
     with contextlib.closing(stream):
         for micro_batches in stream:
+            window_begun = time.perf_counter()
             over = len(times) >= 2 and time.perf_counter() - begun > seconds
             requests = Requests(stop=over and accelerator.is_main_process)
             all_share = recipe.batch.size >= accelerator.num_processes and len(micro_batches) > 0
@@ -266,10 +265,14 @@ def _windows(built: Parts, state: State, seconds: float) -> dict[str, Any]:
             commit(state, result, micro_batches)
             now = time.perf_counter()
             times, last = [*times, now - last], now
+            spent = sum((b.spent for b in micro_batches if b.spent is not None), LoaderTime())
+            if not result.stop_requested:
+                told = stream.seen(spent, now - window_begun) or told
             if result.stop_requested or len(times) >= 40:
                 break
     typical = median(times[1:] or times)
-    return {"text": f"{len(times)} real windows trained, {typical:.3g} s each", "seconds_per_window": typical}
+    loader = f"; {told.removeprefix('loader: ')}" if told else ""
+    return {"text": f"{len(times)} real windows trained, {typical:.3g} s each{loader}", "seconds_per_window": typical}
 
 
 def _evaluation(built: Parts, state: State, seconds: float) -> dict[str, Any]:

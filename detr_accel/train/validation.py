@@ -28,6 +28,7 @@ class Validation:
     def __init__(self, parts: Parts, sinks) -> None:
         recipe, splits = parts.recipe, parts.splits
         self.recipe, self.accelerator, self.sinks, self.criterion = recipe, parts.accelerator, sinks, parts.criterion
+        self.parts = parts
         self.model, self.raw = parts.evaluated, parts.bare if parts.ema is not None and recipe.evaluate.raw else None
         self.source, self.length = splits.val, parts.length
         self.to_category, _ = evaluate.match_classes(splits.train.classes, splits.val.classes)
@@ -120,7 +121,7 @@ class Validation:
         accelerator, model = self.accelerator, self.model
         return data.eval_batches(
             self.recipe, source, rank=accelerator.process_index, num_ranks=accelerator.num_processes, mean=model.mean,
-            std=model.std, **keep,
+            std=model.std, count=self.parts.workers, **keep,
         )  # fmt: skip
 
     def _metrics(self, model: nn.Module, stop: StopSignal) -> tuple[evaluate.Metrics, dict[str, float]] | None:

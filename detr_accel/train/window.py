@@ -20,12 +20,14 @@ from torch.nn import Parameter
 
 from detr_accel.models.losses import image_spread
 from detr_accel.monitor import memory
+from detr_accel.monitor.stopwatch import Stopwatch
 from detr_accel.structures import Batch, Targets, UserError
 from detr_accel.train.forward_state import ForwardState
 from detr_accel.train.reduce import GradientReducer, all_reduce_sum
 
 # what alarms want to know of a window's targets: counts over all its images, from the host and for no further reduction
 FACTS = ("blank_images", "empty_images", "cut_boxes", "tiny_boxes")
+PIXELS = 2  # counted beside them: pixels of the images, and of the canvases that hold them
 TINY_PX = 2.0  # a box with a side below it, in the image that reaches the model, can hardly be learned
 
 
@@ -39,7 +41,7 @@ class WindowResult:
     grad_norm: float = 0.0  # over all groups, before clipping
     num_images: int = 0
     num_boxes: int = 0
-    facts: dict[str, float] = field(default_factory=dict)  # of the targets: see FACTS
+    facts: dict[str, float] = field(default_factory=dict)  # of the targets: see FACTS; and the share of padding
     statistics_finite: bool = True  # the running statistics that forward wrote
     bad_images: list[int] = field(default_factory=list)  # image ids whose matching cost was not finite
     totals: list[Tensor] = field(default_factory=list)  # this process's alone: each micro-batch's loss, unread
@@ -108,6 +110,8 @@ class WindowRunner:
         self.seed = seed
         self.overlap = overlap and accelerator.num_processes > 1
         self.phases = memory.Phases(accelerator.device, on=False)  # the loop brings one that reports
+        self.clock = Stopwatch(accelerator.device, wait=False, rest="other")
+        self._time_matching()
 
     def run(
         self,
@@ -141,20 +145,32 @@ class WindowRunner:
         share = _Share(failure=failure)
         if failure is None and not requests.broken:
             self._compute(micro_batches, self.criterion.normalisers(total[:3]), overlap, share, requests)
-        result = self._agree(share, requests)
+        with self.clock.section("reduce"):
+            result = self._agree(share, requests)
         if not result.trained:
             self.discard()
             return result
-        if overlap:
-            self._fill_missing()
-        else:
-            self.reducer()
+        with self.clock.section("reduce"):
+            if overlap:
+                self._fill_missing()
+            else:
+                self.reducer()
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients()
         images = sum(len(b) for b in micro_batches)
         self.forward_state.combine(images, total[2], self.accelerator.num_processes, self.accelerator.device)
         result.totals = share.totals
         return self._read(share, total, result)
+
+    def _time_matching(self) -> None:
+        """Matching is called from within the criterion, which knows no clock."""
+        plain = self.criterion.matcher
+
+        def timed(*args, **kwargs):
+            with self.clock.section("matcher" if self.clock.inside == "loss" else self.clock.inside or "matcher"):
+                return plain(*args, **kwargs)
+
+        object.__setattr__(self.criterion, "matcher", timed)
 
     def discard(self) -> None:
         """As if the window had not been: gradients gone, running statistics as before it."""
@@ -165,10 +181,13 @@ class WindowRunner:
 
     def _count(self, micro_batches: Sequence[Batch], failure: str | None) -> tuple[Tensor, str | None]:
         """The window's counts over all processes, and why this process cannot take part."""
-        count = torch.cat([self.criterion.count([]), torch.zeros(len(FACTS), dtype=torch.float64)])
+        count = torch.cat([self.criterion.count([]), torch.zeros(len(FACTS) + PIXELS, dtype=torch.float64)])
         if failure is None:
             try:
-                rows = [torch.cat([self.criterion.count(b.targets), count_facts(b.targets)]) for b in micro_batches]
+                rows = [
+                    torch.cat([self.criterion.count(b.targets), count_facts(b.targets), count_pixels(b)])
+                    for b in micro_batches
+                ]
                 count = torch.stack([count, *rows]).sum(0)
             except UserError as error:
                 failure = str(error)
@@ -204,13 +223,18 @@ class WindowRunner:
     def _micro_batch(self, batch: Batch, counts: dict[str, Tensor], share: _Share, scale: int) -> None:
         """Forward, match, loss, backward; adds the detached terms and the ids of unmatched images to ``share``."""
         seed_dropout(self.seed, batch)
-        batch = batch.to(self.accelerator.device, non_blocking=True)
+        section = self.clock.section
+        with section("copy"):
+            batch = batch.to(self.accelerator.device, non_blocking=True)
         self.phases.begin("forward")
-        outputs = self.model(batch.images, batch.mask)
-        result = self.criterion(outputs, batch.targets, counts)
+        with section("forward"):
+            outputs = self.model(batch.images, batch.mask)
+        with section("loss"):
+            result = self.criterion(outputs, batch.targets, counts)
         self.phases.begin("backward")
-        # under overlap DistributedDataParallel averages over processes; ours is a sum
-        self.accelerator.backward(result.total * scale)
+        with section("backward"):
+            # under overlap DistributedDataParallel averages over processes; ours is a sum
+            self.accelerator.backward(result.total * scale)
         share.totals.append(result.total.detach())
         share.box_sums = result.box_sums if share.box_sums is None else share.box_sums + result.box_sums
         for name, value in {**result.losses, "loss": share.totals[-1]}.items():
@@ -264,8 +288,9 @@ class WindowRunner:
         result.losses = dict(zip(names, read, strict=False))
         result.grad_norms = dict(zip(self.groups, read[len(names) :], strict=False))
         result.grad_norm = float(np.sqrt(np.sum(np.square(list(result.grad_norms.values())))))
-        health, num_boxes, matched, num_images, *facts = read[len(names) + len(norms) :]
+        health, num_boxes, matched, num_images, *facts, used_px, canvas_px = read[len(names) + len(norms) :]
         result.facts = dict(zip(FACTS, map(int, facts), strict=True)) | {"unmatched_boxes": int(num_boxes - matched)}
+        result.facts["padding"] = 1 - used_px / max(canvas_px, 1)
         result.statistics_finite = bool(np.isfinite(health))
         result.num_images, result.num_boxes = int(num_images), int(num_boxes)
         return result
@@ -308,6 +333,14 @@ def count_facts(targets: Sequence[Targets]) -> Tensor:
         tiny += int((np.from_dlpack(t.boxes_cxcywh)[:, 2:] * (w, h) < TINY_PX).any(1).sum())
     counts = sum(t.is_blank for t in targets), sum(len(t.labels) == 0 for t in targets), sum(t.num_cut for t in targets)
     return torch.tensor([*counts, tiny], dtype=torch.float64)
+
+
+def count_pixels(batch: Batch) -> Tensor:
+    """Pixels of a micro-batch's images, and of the canvases that hold them: float64 [2] on the host. Each micro-batch
+    counts with its own canvas, however the window was cut."""
+    height, width = batch.canvas_px
+    used = sum(h * w for h, w in (t.size_px for t in batch.targets))
+    return torch.tensor([used, len(batch) * height * width], dtype=torch.float64)
 
 
 def seed_dropout(seed: int, batch: Batch) -> None:

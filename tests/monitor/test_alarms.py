@@ -12,10 +12,10 @@ import torch
 
 from detr_accel import monitor
 from detr_accel import recipe as recipes
-from detr_accel.monitor import alarm_rules
+from detr_accel.monitor import alarm_rules, feeding, machine_rules
 from detr_accel.monitor.alarms import TITLES, About, Alarms, Memory, judge_rows
 from detr_accel.monitor.rows import train_row
-from detr_accel.structures import StepStats, UserError
+from detr_accel.structures import LoaderTime, StepStats, UserError
 
 PLAIN = About()
 KEYS = set(recipes._known())
@@ -187,6 +187,26 @@ def test_waiting_says_nothing_on_a_cpu_that_it_shares_with_the_loader():
     assert raised(run(100, after(0, wait_seconds=0.9)), About(on_gpu=False)) == []
 
 
+@pytest.mark.parametrize(
+    ("spent", "workers", "words"),
+    [
+        (LoaderTime(8.0, 1.0, 0.5, 8), 4, ("reading a file takes 1000 ms", "data.cache=ram")),
+        (LoaderTime(0.1, 4.0, 0.5, 8, 9, 1), 4, ("decoding takes 500 ms", "data.cache=disk")),
+        (LoaderTime(0.1, 0.5, 1.5, 8), 1, ("1 loader process cannot keep up", "data.workers=7")),
+        (LoaderTime(0.1, 0.5, 5.5, 8), 8, ("pixels takes most of their time",)),
+    ],
+)
+def test_a_starved_device_names_what_the_loader_does_and_what_helps(spent, workers, words):
+    """In the words of the doctor's verdict: one rule for both."""
+    stats = run(60, after(0, wait_seconds=0.6, loader=spent, workers=workers))
+    ((at, title, text),) = raised(stats, About(cores=8))
+    assert (at, title) == (50, "Device waits for images") and "waits 60 % of the time" in text
+    assert all(w in text for w in words), text
+    names_keys(text)
+    feed = feeding.Feed(0.6, spent.per_image(), 0.4, 8, workers, 8, False)
+    assert feeding.judge(feed).text in text
+
+
 def test_what_goes_on_is_said_again_after_long_and_counted():
     said = raised(run(2600, after(0, facts={"cut_boxes": 9})), again_after=1000)
     assert [at for at, _, _ in said] == [3, 1003, 2003]
@@ -218,7 +238,7 @@ def test_a_rule_that_fails_says_so_and_ends_nothing(monkeypatch):
 
 
 @pytest.mark.law2
-@pytest.mark.parametrize("title", [t for t in HISTORIES if t not in alarm_rules.MACHINE])
+@pytest.mark.parametrize("title", [t for t in HISTORIES if t not in machine_rules.MACHINE])
 @pytest.mark.parametrize("stop", [1, 40, 101, 151, 152])
 def test_a_resumed_run_raises_the_alarms_of_the_run_never_stopped(title, stop):
     stats, about, more, _ = HISTORIES[title]
@@ -243,7 +263,7 @@ def test_memory_is_bounded():
     assert max(map(len, memory.recent.values())) <= alarm_rules.KEPT
 
 
-@pytest.mark.parametrize("title", [t for t in HISTORIES if t not in alarm_rules.MACHINE])
+@pytest.mark.parametrize("title", [t for t in HISTORIES if t not in machine_rules.MACHINE])
 def test_a_log_of_every_window_is_judged_as_the_run_was(title):
     stats, about, more, _ = HISTORIES[title]
     rows = [{"window": s.window, "step": s.step, "epoch": s.epoch} | train_row(s) for s in stats]

@@ -23,16 +23,30 @@ def test_inner_time_is_taken_from_the_outer_section():
     assert clock.take() == {}
 
 
-def test_a_watched_method_is_timed_and_gives_what_it_gave():
-    class Thing:
-        def double(self, x, *, plus=0):
-            time.sleep(0.02)
-            return 2 * x + plus
+def test_time_outside_all_sections_is_the_rest():
+    clock = Stopwatch(torch.device("cpu"), rest="other")
+    with clock.section("work"):
+        time.sleep(0.02)
+    time.sleep(0.05)
+    taken = clock.take()
+    assert taken["work"] >= 0.02 and taken["other"] >= 0.05
+    time.sleep(0.02)
+    assert clock.take()["other"] >= 0.02, "it goes on where it was taken"
 
-    thing, clock = Thing(), Stopwatch(torch.device("cpu"))
-    clock.watch(thing, "double", "work")
-    assert thing.double(4, plus=1) == 9 and Thing().double(1) == 2
-    assert clock.take()["work"] >= 0.02
+
+@pytest.mark.gpu
+def test_a_gpu_is_timed_without_waiting_for_it():
+    device = torch.device("cuda")
+    a = torch.randn(4096, 4096, device=device)
+    clock = Stopwatch(device, wait=False, rest="other")
+    begun = time.perf_counter()
+    with clock.section("work"):
+        for _ in range(50):
+            a = a @ a * 1e-3
+    asked = time.perf_counter() - begun
+    torch.cuda.synchronize()
+    whole = time.perf_counter() - begun
+    assert clock.take()["work"] > 0.5 * whole > asked, "the device's time, not that of asking for it"
 
 
 def test_a_section_that_fails_is_closed():

@@ -1,6 +1,13 @@
 import pytest
 
 from detr_accel.monitor.timing import Eta, Meter, words
+from detr_accel.structures import LoaderTime, StepStats
+
+
+def stats(num_images: int, seconds: float, wait_seconds: float, padding: float = 0.0, **more) -> StepStats:
+    return StepStats(
+        1, 1, 0.1, 1.0, {}, 1.0, {}, {}, num_images, 0, seconds, wait_seconds, facts={"padding": padding}, **more
+    )
 
 
 def test_eta_says_nothing_before_twenty_windows():
@@ -44,10 +51,22 @@ def test_durations_are_said_as_people_say_them(seconds, said):
 
 def test_meter_averages_since_the_last_row():
     meter = Meter()
-    meter.add(8, 2.0, 0.5)
-    meter.add(4, 1.0, 0.1)
+    meter.add(stats(8, 2.0, 0.5, padding=0.4))
+    meter.add(stats(4, 1.0, 0.1, padding=0.2))
     assert meter.take() == pytest.approx(
-        {"seconds": 1.5, "wait_seconds": 0.3, "wait_fraction": 0.2, "images_per_second": 4.0}
+        {"seconds": 1.5, "wait_seconds": 0.3, "wait_fraction": 0.2, "images_per_second": 4.0, "padding": 0.3}
     )
-    meter.add(8, 4.0, 0.0)
+    meter.add(stats(8, 4.0, 0.0))
     assert meter.take()["images_per_second"] == pytest.approx(2.0)
+
+
+def test_meter_tells_the_parts_of_the_time_and_what_the_loader_did():
+    meter = Meter()
+    spent = LoaderTime(read=0.1, decode=0.3, pixels=0.4, images=4)
+    for _ in range(2):
+        meter.add(stats(4, 1.0, 0.2, sections={"wait": 0.2, "forward": 0.6, "backward": 1.2}, loader=spent, workers=2))
+    row = meter.take()
+    assert row["share_wait"] == pytest.approx(0.1) and row["share_backward"] == pytest.approx(0.6)
+    assert (row["read_ms"], row["decode_ms"], row["pixels_ms"]) == pytest.approx((25, 75, 100))
+    assert row["loader_busy"] == pytest.approx(0.4), "0.8 s of work in a window of 1 s, by two processes"
+    assert not any(name.startswith("share_") for name in meter.take()), "it starts anew"

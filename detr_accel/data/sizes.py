@@ -1,0 +1,120 @@
+"""What a recipe's data can bring at the most, and the loader that this allows. A builder: it sees the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from detr_accel.data import augment, workers
+from detr_accel.data.geometry import Augmentation, Demands, eval_plan, worst_canvas
+from detr_accel.data.opening import Splits
+from detr_accel.data.sampler import share, windows_per_epoch
+from detr_accel.data.source import Source
+from detr_accel.data.stream import StreamSource
+from detr_accel.data.workers import Loading, Room
+from detr_accel.recipe import Recipe
+
+
+def loading(
+    recipe: Recipe, source: Source, *, micro: int, num_ranks: int, device: torch.device | str,
+    count: int | None = None, room: Room | None = None,
+) -> tuple[Loading, str | None]:  # fmt: skip
+    """Loader processes of a training and what each keeps ready, within data.queue_gib, memory and /dev/shm.
+
+    Args:
+        micro: images of a micro-batch.
+        count: processes, where data.workers is auto and they were measured; None takes the recipe's, or a few.
+        room: of each process, as all agreed on; None: as this one sees it.
+    Returns:
+        and what to say where it is less than was asked for.
+    """
+    d, room = recipe.data, room or workers.room(queue_gib=recipe.data.queue_gib)
+    count = _count(recipe, room) if count is None else count
+    tasks = -(-len(share(recipe.batch.size, 0, num_ranks)) // micro)
+    if not count:
+        return Loading(0, 1), None
+    return workers.within(count, d.prefetch, tasks, task_bytes(recipe, source, micro, torch.device(device)), room)
+
+
+def _count(recipe: Recipe, room: Room) -> int:
+    return room.first if recipe.data.workers == "auto" else recipe.data.workers
+
+
+def task_bytes(recipe: Recipe, source: Source, micro: int, device: torch.device) -> int:
+    """Of the largest micro-batch that can wait in a queue: float32 and mask, or the images as decoded."""
+    if not _on_device(recipe, device):
+        height, width = _worst_canvas(recipe, source)
+        return micro * height * width * (3 * 4 + 1)
+    sizes = [(10**6, 10**6)] if isinstance(source, StreamSource) else _sizes(source)
+    return micro * workers.decoded_bytes(sizes, _policy(recipe), _strong(recipe, len(source)))
+
+
+def _worst_canvas(recipe: Recipe, source: Source) -> tuple[int, int]:
+    if isinstance(source, StreamSource):
+        return _with_strong(recipe, (recipe.data.augment.max_size,) * 2)
+    return _with_strong(recipe, worst_canvas(_sizes(source), _policy(recipe)))
+
+
+def _on_device(recipe: Recipe, device: torch.device) -> bool:
+    return recipe.data.pixels == "device" or (recipe.data.pixels == "auto" and device.type == "cuda")
+
+
+def worst_window(recipe: Recipe, source: Source) -> tuple[tuple[int, int], int]:
+    """What the most demanding window can hold: canvas (h, w) in pixels, and boxes in one image. Nothing is decoded; of
+    a stream it is what the recipe allows, and as many boxes as there are queries."""
+    if isinstance(source, StreamSource):
+        return _worst_canvas(recipe, source), recipe.model.num_queries
+    strong = _strong(recipe, len(source))
+    most = source.most_boxes()
+    return _worst_canvas(recipe, source), most if strong is None else strong.most_boxes(most)
+
+
+def _with_strong(recipe: Recipe, canvas_px: tuple[int, int]) -> tuple[int, int]:
+    """A canvas that also holds what the stronger augmentations make."""
+    strong = _strong(recipe, 1)
+    height, width = (0, 0) if strong is None else strong.worst_size(_policy(recipe))
+    return max(canvas_px[0], height), max(canvas_px[1], width)
+
+
+def demands(recipe: Recipe, splits: Splits | None) -> Demands:
+    """
+    Args:
+        splits: of ``build``; None: the data are not there. Then every image may have any shape, so that a window's
+            canvas is ``max_size`` both ways, and one has as many boxes as there are queries; there are COCO's 80
+            classes.
+    """
+    a, d = recipe.data.augment, recipe.data
+    if splits is None:
+        long = d.eval_max_size
+        eval_canvas = (long, long) if recipe.evaluate.batch > 1 else (min(d.eval_size, long), long)
+        canvas = _with_strong(recipe, (a.max_size, a.max_size))
+        return Demands(canvas, recipe.model.num_queries, eval_canvas, 80, None, True)
+    canvas, most_boxes = worst_window(recipe, splits.train)
+    sizes = [eval_plan(s, d.eval_size, d.eval_max_size).size_px for s in {*_sizes(splits.val)}]
+    if recipe.evaluate.batch > 1:
+        eval_canvas = max(h for h, _ in sizes), max(w for _, w in sizes)
+    else:
+        eval_canvas = max(sizes, key=lambda size: size[0] * size[1])
+    return Demands(canvas, most_boxes, eval_canvas, len(splits.train.classes), len(splits.train), False)
+
+
+def _sizes(source: Source) -> Iterator[tuple[int, int]]:
+    return (source.size_px(i) for i in range(len(source)))
+
+
+def _policy(recipe: Recipe) -> Augmentation:
+    a = recipe.data.augment
+    return Augmentation(
+        a.flip, tuple(a.scales), a.max_size, a.crop, tuple(a.crop_scales), tuple(a.crop_size), a.scale_by
+    )
+
+
+def _strong(recipe: Recipe, num_images: int) -> augment.Strong | None:
+    return augment.strong_of(total_windows(recipe, num_images), recipe.data.augment.model_dump())
+
+
+def total_windows(recipe: Recipe, num_images: int) -> int:
+    """Length of a training in windows."""
+    per_epoch = windows_per_epoch(num_images, recipe.batch.size)
+    return recipe.schedule.steps or max(1, round(recipe.schedule.epochs * per_epoch))

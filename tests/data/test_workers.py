@@ -1,0 +1,111 @@
+"""How many loader processes there may be, and that their queues hold no more than they may."""
+
+import pytest
+import torch
+
+from detr_accel import data
+from detr_accel.data import augment, workers
+from detr_accel.data.geometry import Augmentation
+from detr_accel.data.workers import GIB, Loading, Machine, Room
+
+MIB = 2**20
+
+
+def room_of(queue_bytes: int, cores: float = 8.0, processes: int = 100) -> Room:
+    return Room(cores, queue_bytes, processes)
+
+
+@pytest.mark.parametrize(
+    ("count", "prefetch", "tasks", "limit_mib", "expected", "said"),
+    [
+        (2, 2, 1, 100, Loading(2, 2), None),
+        (2, 8, 1, 100, Loading(2, 5), "data.prefetch 8 -> 5"),
+        (4, 2, 1, 30, Loading(3, 1), "data.workers 4 -> 3"),
+        (4, 2, 1, 9, Loading(0, 1), "data.queue_gib"),
+        (0, 2, 1, 9, Loading(0, 1), None),
+        (1, "auto", 1, 100, Loading(1, 2), None),
+        (1, "auto", 4, 100, Loading(1, 5), None),  # all of the next window, and one in hand
+        (4, "auto", 4, 1000, Loading(4, 2), None),
+        (2, "auto", 16, 100, Loading(2, 5), "keeps 5 ready and not 9"),
+    ],
+)
+def test_what_waits_stays_below_the_limit(count, prefetch, tasks, limit_mib, expected, said):
+    by, note = workers.within(count, prefetch, tasks, 10 * MIB, room_of(limit_mib * MIB))
+    assert by == expected
+    assert by.workers * by.prefetch * 10 <= limit_mib
+    assert (note is None) == (said is None) and (said is None or said in note and "\n" not in note)
+
+
+def test_the_bytes_of_a_task_are_those_of_the_largest_that_comes(recipe_for):
+    recipe = recipe_for(group_by_shape=True)
+    source = data.build(recipe).train
+    worst = data.task_bytes(recipe, source, 2, torch.device("cpu"))
+    seen = 0
+    for window in data.train_windows(
+        recipe, source, rank=0, num_ranks=1, start_window=0, end_window=20, mean=(0.5,) * 3, std=(0.2,) * 3, micro=2
+    ):
+        for batch in window:
+            seen = max(seen, batch.images.nbytes + batch.mask.nbytes)
+    assert 0.5 * worst < seen <= worst
+
+
+def test_decoded_images_count_as_they_come_out_of_the_decoder():
+    policy = Augmentation(0.5, (100,), 200, 0.0, (100,), (50, 100))
+    assert workers.decoded_bytes([(50, 100)], policy, None) == 3 * 50 * 100, "the file's size"
+    assert workers.decoded_bytes([(3000, 6000)], policy, None) == 3 * 4 * 100 * 200, "a decoder gives less than twice"
+    mosaic = augment.Strong(100, mosaic=augment.Mosaic(0.5, 0.0, 1.0, (0.5, 1.0), 0.1))
+    assert workers.decoded_bytes([(50, 100)], policy, mosaic) == 4 * 3 * 50 * 100
+
+
+def machine(host="a", cpus=range(8), quota=float("inf"), memory=64 * GIB, shared=64 * GIB) -> Machine:
+    return Machine(host, frozenset(cpus), quota, memory, shared)
+
+
+@pytest.mark.parametrize(
+    ("machines", "cores", "gib"),
+    [
+        ([machine()], 8, 2),
+        ([machine()] * 4, 2, 2),
+        ([machine(cpus=range(4 * i, 4 * i + 4)) for i in range(2)], 4, 2),  # each pinned to its own
+        ([machine(quota=2.5)], 2.5, 2),
+        ([machine(), machine("b", range(3))], 3, 2),  # the poorest node decides for all
+        ([machine(shared=GIB)] * 2, 4, 0.4),
+        ([machine(memory=GIB)], 8, 0.5),
+    ],
+)
+def test_processes_of_a_machine_share_it(machines, cores, gib):
+    room = workers.room(machines)
+    assert (room.cores, room.queue_bytes) == (cores, int(gib * GIB))
+    assert workers.room(machines, queue_gib=0.1).queue_bytes == int(0.1 * GIB)
+
+
+def test_the_limit_of_a_container_or_of_a_group_above_it_counts(tmp_path):
+    root, of = tmp_path / "fs", tmp_path / "cgroup"
+    (root / "job" / "step").mkdir(parents=True)
+    of.write_text("0::/job/step\n")
+    assert workers._quota(root, of) == float("inf")
+    (root / "job" / "step" / "cpu.max").write_text("max 100000\n")
+    assert workers._quota(root, of) == float("inf")
+    (root / "job" / "cpu.max").write_text("150000 100000\n")
+    assert workers._quota(root, of) == 1.5
+    (root / "cpu").mkdir()
+    (root / "cpu" / "cpu.cfs_quota_us").write_text("50000")
+    (root / "cpu" / "cpu.cfs_period_us").write_text("100000")
+    assert workers._quota(root, of) == 0.5, "the older kind"
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "on_gpu", "most", "first"),
+    [(8, 99, True, 7, 2), (8, 99, False, 4, 2), (2, 99, False, 1, 1), (1, 99, True, 1, 1), (8, 3, True, 3, 2)],
+)
+def test_cores_and_memory_bound_the_processes(cores, processes, on_gpu, most, first):
+    room = Room(cores, 2 * GIB, processes)
+    assert workers.most(room, on_gpu) == most and room.first == first
+
+
+def test_auto_is_a_few_where_nothing_is_measured(recipe_for):
+    recipe = recipe_for(workers="auto")
+    by, note = data.loading(
+        recipe, data.build(recipe).train, micro=2, num_ranks=1, device="cpu", room=room_of(GIB, cores=8)
+    )
+    assert by == Loading(2, 3) and note is None, "four micro-batches a window"
