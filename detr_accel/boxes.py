@@ -25,6 +25,16 @@ def _area(boxes_xyxy: Tensor) -> Tensor:
     return (boxes_xyxy[..., 2] - boxes_xyxy[..., 0]) * (boxes_xyxy[..., 3] - boxes_xyxy[..., 1])
 
 
+def iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
+    """Intersection over union of boxes that broadcast against each other: [..., 4] and [..., 4] -> [...], in 0..1; two
+    boxes without area have 0."""
+    left_top = torch.maximum(a_xyxy[..., :2], b_xyxy[..., :2])
+    right_bottom = torch.minimum(a_xyxy[..., 2:], b_xyxy[..., 2:])
+    inner = (right_bottom - left_top).clamp(min=0).prod(-1)
+    union = _area(a_xyxy) + _area(b_xyxy) - inner
+    return inner / torch.where(union == 0, torch.ones_like(union), union)
+
+
 def giou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
     """Generalised IoU of boxes that broadcast against each other: [..., 4] and [..., 4] -> [...], in (-1, 1].
 

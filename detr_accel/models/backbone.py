@@ -1,4 +1,4 @@
-"""A timm model as backbone. Legend: B batch, H W canvas, C channels of the last feature map, h w its size."""
+"""A timm model as backbone. Legend: B batch, H W canvas, C channels of a feature map, h w its size."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from detr_accel.structures import UserError
 
 
 class Backbone(nn.Module):
-    """Last feature map of any timm model that has ``features_only``.
+    """The last feature maps of any timm model that has ``features_only``.
 
     Args:
         name: timm name, with or without tag.
@@ -31,8 +31,9 @@ class Backbone(nn.Module):
         fold: carry frozen norms inside their convolutions.
         checkpointing: compute blocks again in backward instead of keeping them.
         load_weights: False builds the structure alone and reads nothing.
+        num_maps: how many of the model's feature maps are wanted, counted from the last.
     Raises:
-        UserError: unknown name; no stride 16; weights not to be had.
+        UserError: unknown name; fewer maps; no stride 16; weights not to be had.
     """
 
     def __init__(
@@ -45,11 +46,13 @@ class Backbone(nn.Module):
         fold: bool = True,
         checkpointing: bool = False,
         load_weights: bool = True,
+        num_maps: int = 1,
     ):
         super().__init__()
-        self.body, self.side_multiple = _create(name, weights if load_weights else "none", dc5)
-        self.num_channels: int = self.body.feature_info.channels()[-1]
-        self.stride: int = self.body.feature_info.reduction()[-1]
+        self.body, self.side_multiple = _create(name, weights if load_weights else "none", dc5, num_maps)
+        self.channels: list[int] = self.body.feature_info.channels()
+        self.strides: list[int] = self.body.feature_info.reduction()
+        self.num_channels, self.stride = self.channels[-1], self.strides[-1]
         if dc5 and self.stride != 16:
             raise UserError(f"model.backbone.dc5: {name} has no stride 16 (it stays at {self.stride}); use dc5: false")
         self.mean = tuple(self.body.pretrained_cfg["mean"])
@@ -78,20 +81,21 @@ class Backbone(nn.Module):
         """Whether there is anything that ``checkpoint_blocks`` could switch on."""
         return any(_is_stage(m) or isinstance(m, _CheckpointedBlocks) for m in self.body.modules())
 
-    def forward(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W] -> [B, C, h, w]; h and w are rounded up where the stride does not divide H and W."""
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """images [B, 3, H, W] -> maps [B, C, h, w], finest first; h and w are rounded up where the stride does not
+        divide H and W."""
         below, right = (-side % self.side_multiple for side in images.shape[-2:])
         if below or right:  # patches must come out even; 0 is the mean colour, as in the padding of a batch
             images = nn.functional.pad(images, (0, right, 0, below))
         # channels last: the convolutions' own layout on CPUs and tensor cores, and tokens [B, h*w, D] without a copy
-        features = self.body(images.contiguous(memory_format=torch.channels_last))[-1]
-        return features.movedim(self.channels_axis, 1)
+        maps = self.body(images.contiguous(memory_format=torch.channels_last))
+        return [features.movedim(self.channels_axis, 1) for features in maps]
 
 
-def _create(name: str, weights: str, dc5: bool) -> tuple[nn.Module, int]:
+def _create(name: str, weights: str, dc5: bool, num_maps: int) -> tuple[nn.Module, int]:
     """The timm model, and what the sides of its images must be multiples of."""
     _check_name(name)
-    options: dict = {"features_only": True, "out_indices": (-1,)}
+    options: dict = {"features_only": True, "out_indices": tuple(range(-num_maps, 0))}
     if dc5:
         options["output_stride"] = 16
     extra, multiple = _any_image_size(name, dc5)

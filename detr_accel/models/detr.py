@@ -41,6 +41,9 @@ class DETR(nn.Module):
     Source: Carion et al., End-to-End Object Detection with Transformers, ECCV 2020.
     """
 
+    has_background = True  # the last logit means "no object"
+    heads = ("class_embed", "bbox_embed")  # prefixes of what says class and box
+
     def __init__(
         self, backbone: Backbone, transformer: Transformer, hidden_dim: int, num_classes: int, num_queries: int
     ):
@@ -62,6 +65,23 @@ class DETR(nn.Module):
     def num_queries(self) -> int:
         return self.query_embed.num_embeddings
 
+    @property
+    def class_rows(self) -> Tensor:
+        """[C, D], the weights that say each class, "no object" aside."""
+        return self.class_embed.weight[:-1]
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """What holds most of the memory."""
+        return {"backbone": self.backbone, "encoder": self.transformer.encoder, "decoder": self.transformer.decoder}
+
+    @property
+    def num_decoder_layers(self) -> int:
+        return len(self.transformer.decoder.layers)
+
+    def keep_layers(self, num_layers: int) -> None:
+        self.transformer.decoder.layers = self.transformer.decoder.layers[:num_layers]
+
     def forward(self, images: Tensor, mask: Tensor) -> dict[str, Tensor | list[dict[str, Tensor]]]:
         """
         Args:
@@ -71,7 +91,7 @@ class DETR(nn.Module):
             pred_logits [B, Q, C + 1]; pred_boxes [B, Q, 4] cxcywh in 0..1 of the un-padded image (float32 or better);
             aux_outputs: the same two of every earlier decoder layer, first layer first.
         """
-        features = self.input_proj(self.backbone(images))  # [B, D, h, w]
+        features = self.input_proj(self.backbone(images)[-1])  # [B, D, h, w]
         mask = F.interpolate(mask[None].float(), size=features.shape[-2:])[0].bool()  # nearest, as the original
         tokens = features.flatten(2).transpose(1, 2)  # [B, N, D]
         pos_dtype = torch.promote_types(tokens.dtype, torch.float32)
@@ -85,15 +105,15 @@ class DETR(nn.Module):
         return {**last, "aux_outputs": aux}
 
 
-def keep_decoder_layers(model: DETR, num_layers: int) -> DETR:
+def keep_decoder_layers(model: nn.Module, num_layers: int) -> nn.Module:
     """Drop the last decoder layers, in place: the auxiliary losses trained every earlier layer with the same norm and
-    heads, so that any of them can be the last.
+    heads (or its own ones), so that any of them can be the last.
 
     Raises:
         UserError: num_layers is not in 1..L.
     """
-    layers = model.transformer.decoder.layers
-    if not 1 <= num_layers <= len(layers):
-        raise UserError(f"decoder layers {num_layers}: this model has {len(layers)}, so give 1 to {len(layers)}")
-    model.transformer.decoder.layers = layers[:num_layers]
+    total = model.num_decoder_layers
+    if not 1 <= num_layers <= total:
+        raise UserError(f"decoder layers {num_layers}: this model has {total}, so give 1 to {total}")
+    model.keep_layers(num_layers)
     return model

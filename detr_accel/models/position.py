@@ -35,3 +35,25 @@ def sine_positions(mask: Tensor, dim: int, dtype: torch.dtype = torch.float32, t
         angle = torch.stack((y, x), dim=-1).unsqueeze(-1) / period  # [B, h, w, 2, D/2]
         code = torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), dim=-1)  # [B, h, w, 2, D/4, 2]
         return code.flatten(3).flatten(1, 2)  # [B, N, D]
+
+
+def grid_positions(
+    height: int, width: int, dim: int, device: torch.device, temperature: float = 10000.0, dtype=torch.float64
+) -> Tensor:
+    """Code of each cell's row and column, counted from 0 whatever the padding: RT-DETR's.
+
+    Quarters of the code: sine of y, cosine of y, sine of x, cosine of x. The original lists the cells column by column
+    while the features go row by row, so that what it calls x is y. On a square that is only a matter of names, and this
+    order is the one its weights have learned; on a rectangle it gives cells the places of others, and here it does not.
+
+    Args:
+        dim: width of the code, a multiple of 4.
+    Returns:
+        float64 [h * w, D], cells in row-major order.
+    Source: Zhao et al. 2024 (He et al. 2022, MAE, for the order of the code).
+    """
+    period = temperature ** (torch.arange(dim // 4, dtype=dtype, device=device) / (dim // 4))  # [D/4]
+    y = torch.arange(height, dtype=dtype, device=device)[:, None, None] / period  # [h, 1, D/4]
+    x = torch.arange(width, dtype=dtype, device=device)[None, :, None] / period
+    y, x = (t.expand(height, width, -1) for t in (y, x))
+    return torch.cat((y.sin(), y.cos(), x.sin(), x.cos()), -1).flatten(0, 1)

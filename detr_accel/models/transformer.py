@@ -15,8 +15,9 @@ from detr_accel.models.autocast import within_half
 class EncoderLayer(nn.Module):
     """Self-attention over the image, then a feed-forward net."""
 
-    def __init__(self, dim: int, num_heads: int, dim_feedforward: int, dropout: float):
+    def __init__(self, dim: int, num_heads: int, dim_feedforward: int, dropout: float, activation: str = "relu"):
         super().__init__()
+        self.activation = activation
         self.self_attn = Attention(dim, num_heads, dropout)
         self.linear1 = nn.Linear(dim, dim_feedforward)
         self.linear2 = nn.Linear(dim_feedforward, dim)
@@ -35,6 +36,8 @@ class EncoderLayer(nn.Module):
 
 class DecoderLayer(nn.Module):
     """Self-attention among the queries, cross-attention to the image, then a feed-forward net."""
+
+    activation = "relu"
 
     def __init__(self, dim: int, num_heads: int, dim_feedforward: int, dropout: float):
         super().__init__()
@@ -57,10 +60,15 @@ class DecoderLayer(nn.Module):
         return F.dropout(x, self.dropout, self.training)
 
 
-def feed_forward(layer: EncoderLayer | DecoderLayer, x: Tensor) -> Tensor:
-    """linear1, ReLU, dropout, linear2 of a layer: [..., D] -> [..., D]."""
-    hidden = F.relu(layer.linear1(x), inplace=True)
+def feed_forward(layer: nn.Module, x: Tensor) -> Tensor:
+    """linear1, activation, dropout, linear2 of a layer: [..., D] -> [..., D]."""
+    hidden = _ACTIVATIONS[layer.activation](layer.linear1(x))
     return within_half(layer.linear2(F.dropout(hidden, layer.dropout, layer.training)))
+
+
+_ACTIVATIONS = {
+    "relu": lambda x: F.relu(x, inplace=True), "silu": lambda x: F.silu(x, inplace=True), "gelu": F.gelu,
+}  # fmt: skip
 
 
 class Encoder(nn.Module):

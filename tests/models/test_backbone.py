@@ -25,7 +25,7 @@ def test_any_timm_model_with_features_serves(name):
     torch.manual_seed(0)
     backbone = Backbone(name, norm="frozen", frozen_stages=2)
     images = torch.randn(1, 3, 64, 96)
-    features = backbone(images)
+    (features,) = backbone(images)
     stride = backbone.stride
     assert features.shape == (1, backbone.num_channels, 64 // stride, 96 // stride)
     assert features.isfinite().all() and features.std() > 0
@@ -78,7 +78,7 @@ def test_live_norm_trains_on_a_padded_batch(make_recipe, make_batch):
 
 def test_dc5_dilates_the_last_stage():
     backbone = Backbone("resnet50", norm="frozen", dc5=True)
-    assert backbone(torch.randn(1, 3, 64, 96)).shape == (1, 2048, 4, 6)
+    assert backbone(torch.randn(1, 3, 64, 96))[0].shape == (1, 2048, 4, 6)
     second = [backbone.body.layer4[i].conv2 for i in range(3)]
     assert [c.dilation for c in second] == [(1, 1), (2, 2), (2, 2)]  # torchvision's; detectron2 dilates all three
 
@@ -147,8 +147,8 @@ def test_sides_that_no_patch_divides_are_padded_below_and_to_the_right(name):
     padded[..., :72, :100] = images
     below, right = (-side % backbone.side_multiple for side in (72, 100))
     with torch.no_grad():
-        features = backbone(images)
-        assert torch.equal(features, backbone(padded[..., : 72 + below, : 100 + right]))
+        (features,) = backbone(images)
+        assert torch.equal(features, backbone(padded[..., : 72 + below, : 100 + right])[0])
     assert features.shape[-2:] == (-(-72 // backbone.stride), -(-100 // backbone.stride))
 
 
