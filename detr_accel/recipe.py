@@ -1,8 +1,8 @@
 """Every knob of a run: typed, with unit, range and meaning. ``load`` reads a YAML recipe, or refuses it in words.
 
-A recipe file holds only what differs from the defaults below. Nothing outside this file and recipe_augment.py (which
-has ``data.augment``) invents a knob, and no class below floor 3 sees a recipe: the builders in each wing's ``__init__``
-unpack it into plain arguments.
+A recipe file holds only what differs from the defaults below. Nothing outside this file, recipe_augment.py
+(``data.augment``), recipe_model.py (``model``, ``loss``) and recipe_parts.py (``data.hub``) invents a knob, and no
+class below floor 3 sees a recipe: the builders in each wing's ``__init__`` unpack it into plain arguments.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from detr_accel.recipe_augment import Augment
+from detr_accel.recipe_model import DEFAULTS_OF, Backbone, Loss, Model, RtDetr
 from detr_accel.recipe_parts import NO_STREAM, Fraction, Hub, Positive, Section, Text
 from detr_accel.structures import UserError
+
+__all__ = ["Augment", "Backbone", "Data", "Hub", "Loss", "Model", "Recipe", "RtDetr", "load", "loads"]
 
 Watched = Literal["AP", "AP50", "AP75", "AR100", "loss"]
 
@@ -93,93 +96,6 @@ class Data(Section):
     """Upper bound of the long side at evaluation and prediction, in pixels."""
     shapes: Shapes = Shapes()
     """The procedural data set."""
-
-
-class Backbone(Section):
-    """A timm model, used through features_only."""
-
-    name: str = "resnet101.tv_in1k"
-    """Any timm name with features: ``resnet101.tv_in1k`` is the one of the DETR paper."""
-    weights: str = "pretrained"
-    """``pretrained`` (timm's, downloaded once), ``none`` (random: needs norm live), or the path of a local file."""
-    norm: Literal["auto", "frozen", "live"] = "auto"
-    """``frozen``: BatchNorm keeps the pretrained statistics, as DETR does. ``live``: it trains. ``auto``: frozen
-    exactly when the weights are pretrained; frozen statistics on random weights are refused."""
-    frozen_stages: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
-    """How many parts, counted from the stem, do not train: 0 none, 1 stem, 2 stem and first stage (DETR). ``auto``: 2
-    with pretrained weights, 0 with random ones."""
-    dc5: bool = False
-    """Dilate the last stage: stride 16 instead of 32, about twice the computation."""
-    fold_norm: bool = True
-    """Fold frozen BatchNorm into the convolution at each forward: the same model, less memory and time."""
-
-
-class Model(Section):
-    """The detector. The defaults are DETR's own."""
-
-    name: Literal["detr"] = "detr"
-    """Which detector."""
-    backbone: Backbone = Backbone()
-    """The feature extractor."""
-    hidden_dim: Annotated[int, Field(ge=8, le=2048)] = 256
-    """Width of the transformer; a multiple of num_heads and of 4."""
-    num_heads: Positive = 8
-    """Attention heads; hidden_dim is split among them."""
-    num_encoder_layers: Annotated[int, Field(ge=0)] = 6
-    """Self-attention layers over the image's features."""
-    num_decoder_layers: Positive = 6
-    """Layers in which queries become objects."""
-    dim_feedforward: Positive = 2048
-    """Width inside each layer's feed-forward part."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of activations dropped in the transformer while training."""
-    num_queries: Positive = 100
-    """Most objects that can be found in one image."""
-    init_from: Text | None = None
-    """Start from a trained detector: a run, a checkpoint or a converted folder, a .pth or .safetensors file, or a hub
-    id such as ``facebook/detr-resnet-101``. Takes the place of backbone.weights."""
-    init_head: Literal["match", "keep", "reset"] = "match"
-    """What happens to the class head of init_from: ``match`` takes the rows whose class names are in the data set,
-    ``keep`` takes it whole (class tables must be equal), ``reset`` starts it anew."""
-    activation_checkpointing: list[Literal["backbone", "encoder", "decoder"]] | Literal["auto"] = []
-    """Parts that are computed again in backward instead of being kept: less memory, more time. ``auto``: none, unless
-    the worst window that the data can bring does not fit without; then as many as it takes."""
-
-    @model_validator(mode="after")
-    def _dims_fit(self) -> Model:
-        if self.hidden_dim % self.num_heads or self.hidden_dim % 4:
-            raise ValueError(
-                f"hidden_dim {self.hidden_dim} must be a multiple of num_heads {self.num_heads} and of 4 (two axes of "
-                "sine and cosine)"
-            )
-        return self
-
-
-class Loss(Section):
-    """Weights of the loss terms and of the matching cost (DETR: 1, 5, 2 for both)."""
-
-    ce: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the cross-entropy over all queries."""
-    bbox: Annotated[float, Field(ge=0)] = 5.0
-    """Weight of the L1 distance of matched boxes."""
-    giou: Annotated[float, Field(ge=0)] = 2.0
-    """Weight of 1 - GIoU of matched boxes."""
-    eos_coef: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """Weight of the no-object class."""
-    aux: bool = True
-    """Supervise every decoder layer, not only the last."""
-    cost_class: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the class probability in matching."""
-    cost_bbox: Annotated[float, Field(ge=0)] = 5.0
-    """Weight of the L1 distance in matching."""
-    cost_giou: Annotated[float, Field(ge=0)] = 2.0
-    """Weight of GIoU in matching."""
-
-    @model_validator(mode="after")
-    def _some_weight(self) -> Loss:
-        if self.cost_class == self.cost_bbox == self.cost_giou == 0:
-            raise ValueError("cost_class, cost_bbox and cost_giou are all 0: nothing would decide the matching")
-        return self
 
 
 class BatchSize(Section):
@@ -604,9 +520,21 @@ def _check_parents(key: str) -> None:
 def _validate(tree: dict, lines: dict[str, str], source: str) -> Recipe:
     try:
         # lists in YAML stand for tuples; strict validation through json accepts them and stays strict otherwise
-        return Recipe.model_validate_json(json.dumps(tree, default=str))
+        return Recipe.model_validate_json(json.dumps(_for_its_detector(tree), default=str))
     except ValidationError as error:
         raise UserError("\n".join(_rows([_explain(e, lines, source) for e in error.errors()]))) from None
+
+
+def _for_its_detector(tree: dict) -> dict:
+    """With the defaults of the detector that it names, where they differ. (No validator of pydantic's: one that looks
+    before the types do takes json's strictness away.)"""
+    model = tree.get("model")
+    name = model.get("name") if isinstance(model, dict) else None
+    defaults = DEFAULTS_OF.get(name, {}) if isinstance(name, str) else {}
+    for section, values in defaults.items():
+        if isinstance(tree.get(section, {}), dict):
+            tree = {**tree, section: values | tree.get(section, {})}
+    return tree
 
 
 def _rows(told: list[str]) -> list[str]:

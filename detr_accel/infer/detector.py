@@ -38,8 +38,7 @@ class Detector:
         dtype = PRECISIONS[self.precision]
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             outputs = self.model(batch.images, batch.mask)
-        sizes = torch.tensor([t.orig_size_px for t in batch.targets])
-        return models.detections(outputs, [t.image_id for t in batch.targets], sizes, max_detections)
+        return models.detections_of(self.model, outputs, batch.targets, max_detections)
 
 
 def load(
@@ -59,7 +58,7 @@ def load(
     loaded = convert.read(path)
     model = models.build(loaded.recipe, len(loaded.classes), load_weights=False)
     models.weights.load_into(model, loaded.state_dict, path)
-    notes, total = list(loaded.report), len(model.transformer.decoder.layers)
+    notes, total = list(loaded.report), model.num_decoder_layers
     if decoder_layers is not None:
         models.keep_decoder_layers(model, decoder_layers)
         notes.append(f"decoder: {decoder_layers} of {total} layers")

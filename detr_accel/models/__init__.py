@@ -10,16 +10,21 @@ from torch import nn
 
 from detr_accel.models import weights
 from detr_accel.models.backbone import Backbone
+from detr_accel.models.class_losses import CrossEntropy, Matchability, Varifocal
+from detr_accel.models.denoising import Noise
 from detr_accel.models.detr import DETR, keep_decoder_layers
+from detr_accel.models.hybrid_encoder import HybridEncoder
 from detr_accel.models.losses import SetCriterion
-from detr_accel.models.matcher import Matcher
+from detr_accel.models.matcher import Matcher, focal_cost, softmax_cost
 from detr_accel.models.postprocess import detections
+from detr_accel.models.rtdetr import RTDETR, DecoderShape, RTDETRDecoder
 from detr_accel.models.transformer import Transformer
 from detr_accel.recipe import Recipe
-from detr_accel.structures import UserError
+from detr_accel.structures import Targets, UserError
 
 __all__ = [
-    "build", "build_criterion", "checkpoint_parts", "checkpointing_ladder", "detections", "init_from",
+    "build", "build_criterion", "checkpoint_parts", "checkpointing_ladder", "detections",
+    "detections_of", "init_from",
     "keep_decoder_layers", "param_groups", "weights",
 ]  # fmt: skip
 
@@ -36,7 +41,7 @@ def build(
         UserError: backbone unknown, or its weights not to be had.
     """
     with torch.device("meta") if torch.device(device).type == "meta" else nullcontext():
-        model = _MODELS[recipe.model.name](recipe, num_classes, load_weights)
+        model = _BUILDERS[recipe.model.name](recipe, num_classes, load_weights)
     if recipe.optim.lr_backbone == 0:
         model.backbone.requires_grad_(False)
     is_meta = any(p.is_meta for p in model.parameters())
@@ -45,10 +50,24 @@ def build(
 
 def build_criterion(recipe: Recipe, num_classes: int) -> nn.Module:
     """Matching and losses of a recipe; on the CPU, to be moved to the model's device."""
-    loss = recipe.loss
-    matcher = Matcher(loss.cost_class, loss.cost_bbox, loss.cost_giou)
-    term_weights = {"ce": loss.ce, "bbox": loss.bbox, "giou": loss.giou}
-    return SetCriterion(num_classes, recipe.model.num_queries, matcher, term_weights, loss.eos_coef, loss.aux)
+    loss, model = recipe.loss, recipe.model
+    kind = loss.kind if loss.kind != "auto" else "ce" if model.name == "detr" else "vfl"
+    class_loss = _CLASS_LOSSES[kind](loss)
+    if class_loss.background != _MODELS[model.name].has_background:
+        fitting = "ce" if kind != "ce" else "vfl or mal"
+        raise UserError(f"loss.kind is {kind}, which does not fit model.name {model.name}: use {fitting} (or auto)")
+    class_cost = softmax_cost if class_loss.background else focal_cost
+    matcher = Matcher(loss.cost_class, loss.cost_bbox, loss.cost_giou, class_cost)
+    term_weights = {kind: getattr(loss, kind), "bbox": loss.bbox, "giou": loss.giou}
+    r = model.rtdetr
+    noise = Noise(r.num_denoising, r.label_noise, r.box_noise) if model.name == "rtdetr" else None
+    return SetCriterion(num_classes, model.num_queries, matcher, term_weights, class_loss, loss.aux, noise)
+
+
+def detections_of(model: nn.Module, outputs: dict, targets: list[Targets], max_detections: int = 100):
+    """What a detector's outputs say of its images; see ``postprocess.detections``."""
+    sizes = torch.tensor([t.orig_size_px for t in targets])
+    return detections(outputs, [t.image_id for t in targets], sizes, max_detections, model.has_background)
 
 
 def param_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
@@ -56,8 +75,8 @@ def param_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {"backbone": [], "transformer": [], "heads": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            top = name.partition(".")[0]
-            groups[_GROUPS.get(top, "transformer")].append((name, parameter))
+            group = "backbone" if name.startswith("backbone.") else "transformer"
+            groups["heads" if name.startswith(model.heads) else group].append((name, parameter))
     return groups
 
 
@@ -71,8 +90,8 @@ def checkpoint_parts(model: nn.Module, parts: Sequence[str]) -> None:
     """Switch activation checkpointing on for parts of a built model: backbone, encoder, decoder."""
     if "backbone" in parts:
         model.backbone.checkpoint_blocks()
-    model.transformer.encoder.checkpointing |= "encoder" in parts
-    model.transformer.decoder.checkpointing |= "decoder" in parts
+    model.parts["encoder"].checkpointing |= "encoder" in parts
+    model.parts["decoder"].checkpointing |= "decoder" in parts
 
 
 def init_from(model: nn.Module, classes, source: str, head_rule: str):
@@ -80,9 +99,6 @@ def init_from(model: nn.Module, classes, source: str, head_rule: str):
     from detr_accel.models import convert
 
     return convert.init_from(model, classes, source, head_rule)
-
-
-_GROUPS = {"backbone": "backbone", "class_embed": "heads", "bbox_embed": "heads"}
 
 
 def _build_detr(recipe: Recipe, num_classes: int, load_weights: bool) -> DETR:
@@ -102,7 +118,27 @@ def _build_detr(recipe: Recipe, num_classes: int, load_weights: bool) -> DETR:
     return DETR(backbone, transformer, model.hidden_dim, num_classes, model.num_queries)
 
 
-def _build_backbone(recipe: Recipe, load_weights: bool) -> Backbone:
+def _build_rtdetr(recipe: Recipe, num_classes: int, load_weights: bool) -> RTDETR:
+    model, r = recipe.model, recipe.model.rtdetr
+    parts = () if model.activation_checkpointing == "auto" else model.activation_checkpointing
+    backbone = _build_backbone(recipe, load_weights, num_maps=len(r.num_points))
+    encoder = HybridEncoder(
+        backbone.channels, r.encoder_dim, model.num_heads, model.num_encoder_layers, r.encoder_feedforward,
+        model.dropout, r.expansion, r.num_blocks, "encoder" in parts,
+    )  # fmt: skip
+    dim = model.hidden_dim
+    shape = DecoderShape(
+        dim=dim, num_heads=model.num_heads, num_layers=model.num_decoder_layers,
+        dim_feedforward=model.dim_feedforward, dropout=model.dropout, num_queries=model.num_queries,
+        num_points=tuple(r.num_points), sampling=r.sampling, activation=r.activation,
+        query_pos_dims=(2 * dim, dim) if r.query_pos_layers == 2 else (dim, dim, dim),
+        learned_queries=r.learned_queries, look_twice=r.look_twice,
+    )  # fmt: skip
+    decoder = RTDETRDecoder(r.encoder_dim, shape, num_classes, r.num_denoising > 0, "decoder" in parts)
+    return RTDETR(backbone, encoder, decoder)
+
+
+def _build_backbone(recipe: Recipe, load_weights: bool, num_maps: int = 1) -> Backbone:
     backbone = recipe.model.backbone
     # init_from brings the backbone of a trained detector: as good as pretrained, and nothing else to load here
     trained = backbone.weights != "none" or recipe.model.init_from is not None
@@ -118,7 +154,7 @@ def _build_backbone(recipe: Recipe, load_weights: bool) -> Backbone:
             f"model.backbone.frozen_stages is {stages} while model.backbone.weights is none: random filters would "
             "never learn; use frozen_stages: 0 (or auto)"
         )
-    return Backbone(
+    made = Backbone(
         backbone.name,
         backbone.weights,
         norm,
@@ -127,7 +163,17 @@ def _build_backbone(recipe: Recipe, load_weights: bool) -> Backbone:
         backbone.fold_norm,
         "backbone" in recipe.model.activation_checkpointing,
         load_weights and recipe.model.init_from is None,
+        num_maps,
     )
+    if backbone.pixels == "unit":
+        made.mean, made.std = (0.0,) * 3, (1.0,) * 3
+    return made
 
 
-_MODELS = {"detr": _build_detr}
+_BUILDERS = {"detr": _build_detr, "rtdetr": _build_rtdetr}
+_MODELS = {"detr": DETR, "rtdetr": RTDETR}
+_CLASS_LOSSES = {
+    "ce": lambda loss: CrossEntropy(loss.eos_coef),
+    "vfl": lambda loss: Varifocal(loss.vfl_alpha, loss.vfl_gamma),
+    "mal": lambda loss: Matchability(loss.mal_gamma),
+}

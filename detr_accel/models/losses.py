@@ -1,18 +1,21 @@
-"""DETR's set loss. Legend: L decoder layers, B images, Q queries, C classes, T targets, M matched pairs."""
+"""The set loss of DETR and RT-DETR. Legend: L judged layers, B images, Q queries, C classes, T targets, M matched
+pairs, Dn denoising queries."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from detr_accel.boxes import cxcywh_to_xyxy, giou
+from detr_accel.boxes import cxcywh_to_xyxy, giou, iou
 from detr_accel.models.autocast import full_precision, no_autocast
+from detr_accel.models.class_losses import CrossEntropy
+from detr_accel.models.denoising import DenoisingQueries, DenoisingSize, Noise, generators
 from detr_accel.models.matcher import Matcher, Matching, to_device
-from detr_accel.structures import Targets, UserError
+from detr_accel.structures import Batch, Targets, UserError
 
 
 @dataclass(frozen=True)
@@ -26,23 +29,25 @@ class LossResult:
 
 
 class SetCriterion(nn.Module):
-    """Match, then classify (cross-entropy over all queries) and place (L1 and GIoU over the matched ones), for the last
-    decoder layer and, with ``aux``, for every earlier one.
+    """Match, then classify (all queries) and place (L1 and GIoU over the matched ones), for the last decoder layer,
+    with ``aux`` for every earlier one, for the encoder's own prediction and for the denoising queries, where there are
+    any.
 
     Every term is a sum divided by a count over the whole window and all ranks, which the caller adds up beforehand
-    (``count``) and hands in (``normalisers``). This differs from the original twice, and on purpose: there the
-    cross-entropy is divided by the class weights of the local micro-batch on the local GPU, so that an image's share in
-    the gradient depends on which images happen to lie beside it; and boxes are counted per micro-batch, averaged over
-    ranks and then clamped. With one process and no accumulation the numbers are the same; otherwise only sums over one
-    global count give the same gradient on every layout. The denominator of the weighted cross-entropy is known without
-    matching: of all queries, sum(min(T, Q)) weigh 1 and the others eos_coef.
+    (``count``) and hands in (``normalisers``). This differs from the originals, and on purpose: there the cross-entropy
+    is divided by the class weights of the local micro-batch on the local GPU, so that an image's share in the gradient
+    depends on which images happen to lie beside it; boxes are counted per micro-batch, averaged over ranks and then
+    clamped; and the number of denoising groups is each rank's own. With one process and no accumulation the numbers are
+    the same; otherwise only sums over one global count give the same gradient on every layout. The denominator of the
+    weighted cross-entropy is known without matching: of all queries, sum(min(T, Q)) weigh 1 and the others eos_coef.
 
     Args:
         num_classes: C.
         num_queries: Q.
-        weights: of the terms ``ce``, ``bbox``, ``giou``.
-        eos_coef: weight of the no-object class, 0..1.
-    Source: Carion et al. 2020, section 3.1.
+        weights: of the class term (by its name), ``bbox`` and ``giou``.
+        class_loss: one of ``class_losses``.
+        noise: how the denoising queries are made; None where the model has none.
+    Source: Carion et al. 2020, section 3.1; Zhao et al. 2024.
     """
 
     def __init__(
@@ -51,12 +56,13 @@ class SetCriterion(nn.Module):
         num_queries: int,
         matcher: Matcher,
         weights: dict[str, float],
-        eos_coef: float,
+        class_loss: CrossEntropy,
         aux: bool = True,
+        noise: Noise | None = None,
     ):
         super().__init__()
         self.num_classes, self.num_queries, self.matcher = num_classes, num_queries, matcher
-        self.weights, self.eos_coef, self.aux = weights, eos_coef, aux
+        self.weights, self.class_loss, self.aux, self.noise = weights, class_loss, aux, noise
 
     def count(self, targets: list[Targets]) -> Tensor:
         """What a micro-batch adds to its window: float64 [3] on the CPU: boxes, matched pairs, images.
@@ -81,17 +87,33 @@ class SetCriterion(nn.Module):
                 f"{self.num_classes - 1}: the source must map its category ids to contiguous labels"
             )
 
+    def disturb(self, batch: Batch, most_boxes: int, seed: int) -> DenoisingQueries | None:
+        """The denoising queries of a micro-batch, on the host; None where the model has none, or nothing to learn from.
+
+        Args:
+            batch: still on the host.
+            most_boxes: of an image of the window, over all processes.
+        """
+        if self.noise is None:
+            return None
+        dice = generators(seed, batch.epoch, batch.positions)
+        return self.noise.queries(batch.targets, dice, self.num_classes, most_boxes)
+
     def loss_names(self, num_layers: int) -> list[str]:
-        """The names in ``LossResult.losses`` for L decoder layers, in their order."""
-        aux = range(num_layers - 1 if self.aux else 0)
-        named = [n for t in ("ce", "bbox", "giou") for n in (f"loss_{t}", *(f"loss_{t}_{i}" for i in aux))]
-        return [*named, "class_error", "cardinality_error", "box_spread"]
+        """The names in ``LossResult.losses`` of a training step with that many decoder layers, in their order."""
+        suffixes = ["", *(f"_{i}" for i in range(num_layers - 1 if self.aux else 0))]
+        if self.noise is not None:
+            suffixes += ["_enc", *(f"_dn_{i}" for i in range(num_layers if self.noise.num_denoising else 0))]
+        terms = (self.class_loss.name, "bbox", "giou")
+        return [*(f"loss_{t}{s}" for t in terms for s in suffixes), "class_error", "cardinality_error", "box_spread"]
 
     def normalisers(self, total: Tensor) -> dict[str, Tensor]:
         """Divisors of a window from its ``count``, summed over micro-batches and ranks; none is below 1 but ``ce``."""
         boxes, matched, images = total.unbind(0)
-        ce = matched + self.eos_coef * (images * self.num_queries - matched)
         at_least_one = {"num_boxes": boxes.clamp(min=1), "matched": matched.clamp(min=1), "images": images.clamp(min=1)}
+        if not self.class_loss.background:
+            return at_least_one
+        ce = matched + self.class_loss.eos_coef * (images * self.num_queries - matched)
         return {**at_least_one, "ce": torch.where(images > 0, ce, torch.ones_like(ce))}
 
     def average(self, sums: dict[str, float], total: Tensor) -> dict[str, float]:
@@ -106,75 +128,112 @@ class SetCriterion(nn.Module):
         divisors = {k: float(v) for k, v in self.normalisers(total).items()}
         by = {"class_error": "matched", "cardinality_error": "images", "box_spread": "images"}
         kinds = {name: name.removeprefix("loss_").partition("_")[0] for name in sums if name not in by}
-        by |= {name: "ce" if kind == "ce" else "num_boxes" for name, kind in kinds.items()}
+        by |= {n: self.class_loss.divisor if kind == self.class_loss.name else "num_boxes" for n, kind in kinds.items()}
         values = {name: value / divisors[by[name]] for name, value in sums.items()}
         return values | {"loss": sum(self.weights[kind] * values[name] for name, kind in kinds.items())}
 
-    def forward(self, outputs: dict, targets: list[Targets], counts: dict[str, Tensor]) -> LossResult:
+    def forward(
+        self,
+        outputs: dict,
+        targets: list[Targets],
+        counts: dict[str, Tensor],
+        denoising: DenoisingQueries | None = None,
+    ) -> LossResult:
         """
         Args:
-            outputs: of the detector; the last layer and ``aux_outputs``.
+            outputs: of the detector; the last layer, ``aux_outputs``, ``enc_outputs`` and ``dn_outputs``.
             targets: B of them, on the outputs' device.
             counts: ``normalisers`` of the whole window.
+            denoising: what ``dn_outputs`` belong to.
         """
-        layers = [*(outputs["aux_outputs"] if self.aux else []), outputs]
+        judged = {f"_{i}": layer for i, layer in enumerate(outputs["aux_outputs"])} if self.aux else {}
+        judged |= {"_enc": outputs["enc_outputs"]} if "enc_outputs" in outputs else {}
+        judged[""] = outputs
         with no_autocast(outputs["pred_logits"].device):
-            logits = full_precision(torch.stack([o["pred_logits"] for o in layers]))  # [L, B, Q, C + 1]
-            boxes = full_precision(torch.stack([o["pred_boxes"] for o in layers]))  # [L, B, Q, 4]
-            labels = torch.cat([t.labels for t in targets])  # [T]
-            boxes_cxcywh = torch.cat([t.boxes_cxcywh for t in targets]).to(boxes.dtype)  # [T, 4]
-            sizes = [len(t.labels) for t in targets]
-            match = self.matcher(logits.detach(), boxes.detach(), labels, boxes_cxcywh, sizes)
+            logits, boxes = _stack(judged.values())  # [L, B, Q, C (+ 1)], [L, B, Q, 4]
+            truth = _Truth(targets, boxes.dtype)
+            match = self.matcher(logits.detach(), boxes.detach(), truth.labels, truth.boxes_cxcywh, truth.sizes)
             counts = {k: v.to(logits.dtype) for k, v in counts.items()}
-            terms = self._terms(logits.flatten(1, 2), boxes.flatten(1, 2), labels, boxes_cxcywh, match, counts)
+            pairs = match.query_index, match.target_index
+            terms = self._terms(logits.flatten(1, 2), boxes.flatten(1, 2), truth, pairs, counts)
+            losses = _by_name(terms, list(judged))
             total = sum(self.weights[name] * values.sum() for name, values in terms.items())
-            losses = self._by_name(terms)
-            losses |= self._for_the_log(logits[-1].detach(), boxes[-1].detach(), labels, sizes, match, counts)
+            if denoising is not None:
+                more = self._denoising(outputs["dn_outputs"], truth, denoising.size, counts)
+                losses |= _by_name(more, [f"_dn_{i}" for i in range(len(outputs["dn_outputs"]))])
+                total = total + sum(self.weights[name] * values.sum() for name, values in more.items())
+            losses |= self._for_the_log(logits[-1].detach(), boxes[-1].detach(), truth, match, counts)
         return LossResult(total, losses, match.bad_image, _box_sums(boxes[-1].detach()))
 
     def _terms(
-        self, logits: Tensor, boxes: Tensor, labels: Tensor, boxes_cxcywh: Tensor, match: Matching, counts: dict
+        self, logits: Tensor, boxes: Tensor, truth: _Truth, pairs: tuple[Tensor, Tensor], counts: dict
     ) -> dict[str, Tensor]:
-        """logits [L, B*Q, C + 1], boxes [L, B*Q, 4] -> each term [L], divided."""
-        wanted = torch.full(logits.shape[:2], self.num_classes, dtype=torch.int64, device=logits.device)
-        wanted.scatter_(1, match.query_index, labels[match.target_index])
-        ce = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view(wanted.shape)  # [L, B*Q]
-        # not F.cross_entropy's own class weights: a float32 0.1 there would not be the 0.1 of the denominator
-        ce = ce * torch.full_like(ce, self.eos_coef).masked_fill(wanted != self.num_classes, 1.0)
-        placed = boxes.gather(1, match.query_index[..., None].expand(-1, -1, 4))  # [L, M, 4]
-        truth = boxes_cxcywh[match.target_index]  # [L, M, 4]
+        """logits [L, N, C (+ 1)], boxes [L, N, 4], pairs of indices [L, M] -> each term [L], divided."""
+        query_index, target_index = pairs
+        placed = boxes.gather(1, query_index[..., None].expand(-1, -1, 4))  # [L, M, 4]
+        wanted = truth.boxes_cxcywh[target_index]  # [L, M, 4]
+        placed_xyxy, wanted_xyxy = cxcywh_to_xyxy(placed), cxcywh_to_xyxy(wanted)
+        overlap = iou(placed_xyxy.detach(), wanted_xyxy)
+        class_loss = self.class_loss(logits, query_index, truth.labels[target_index], overlap)
         # M = 0 sums to a zero that still hangs on the graph, so every parameter gets a gradient on every rank
-        l1 = (placed - truth).abs().sum((1, 2))
-        overlap = giou(cxcywh_to_xyxy(placed), cxcywh_to_xyxy(truth))
         return {
-            "ce": ce.sum(1) / counts["ce"],
-            "bbox": l1 / counts["num_boxes"],
-            "giou": (1 - overlap).sum(1) / counts["num_boxes"],
+            self.class_loss.name: class_loss / counts[self.class_loss.divisor],
+            "bbox": (placed - wanted).abs().sum((1, 2)) / counts["num_boxes"],
+            "giou": (1 - giou(placed_xyxy, wanted_xyxy)).sum(1) / counts["num_boxes"],
         }
 
-    def _by_name(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-        named = {}
-        for name, values in terms.items():
-            *aux, last = values.detach().unbind(0)
-            named[f"loss_{name}"] = last
-            named |= {f"loss_{name}_{i}": value for i, value in enumerate(aux)}
-        return named
+    def _denoising(self, layers: list[dict], truth: _Truth, size: DenoisingSize, counts: dict) -> dict[str, Tensor]:
+        """The same terms for queries that know which target is theirs; a group each counts all boxes once."""
+        logits, boxes = _stack(layers)  # [L, B, Dn, C], [L, B, Dn, 4]
+        device = logits.device
+        queries, own = to_device(_own_targets(truth.sizes, size), device)[:, None].expand(-1, len(layers), -1)
+        counts = counts | {"num_boxes": counts["num_boxes"] * size.num_groups}
+        return self._terms(logits.flatten(1, 2), boxes.flatten(1, 2), truth, (queries, own), counts)
 
     def _for_the_log(
-        self, logits: Tensor, boxes: Tensor, labels: Tensor, sizes: list[int], match: Matching, counts: dict
+        self, logits: Tensor, boxes: Tensor, truth: _Truth, match: Matching, counts: dict
     ) -> dict[str, Tensor]:
         """Last layer, without weight in the total: class_error, percent of matched queries whose best class is wrong;
         cardinality_error, mean distance between the number of queries that say "object" and of objects;
         box_spread, standard deviation of an image's box coordinates over its queries (0: all queries say one box)."""
-        best = logits.argmax(-1)  # [B, Q]
-        wrong = best.flatten()[match.query_index[-1]] != labels[match.target_index[-1]]
-        found = (best != self.num_classes).sum(1)  # [B]
-        present = to_device(np.array(sizes), found.device)
+        score, best = logits.max(-1)  # [B, Q]
+        is_object = best != self.num_classes if self.class_loss.background else score > 0  # a sigmoid above one half
+        wrong = best.flatten()[match.query_index[-1]] != truth.labels[match.target_index[-1]]
+        present = to_device(np.array(truth.sizes), best.device)
         return {
             "class_error": 100 * wrong.sum() / counts["matched"],
-            "cardinality_error": (found - present).abs().sum() / counts["images"],
+            "cardinality_error": (is_object.sum(1) - present).abs().sum() / counts["images"],
             "box_spread": boxes.std(1, correction=0).mean(-1).sum() / counts["images"],
         }
+
+
+class _Truth:
+    """A micro-batch's targets, one after the other: labels [T], boxes_cxcywh [T, 4], and how many each image has."""
+
+    def __init__(self, targets: list[Targets], dtype: torch.dtype):
+        self.labels = torch.cat([t.labels for t in targets])
+        self.boxes_cxcywh = torch.cat([t.boxes_cxcywh for t in targets]).to(dtype)
+        self.sizes = [len(t.labels) for t in targets]
+
+
+def _stack(layers: Iterable[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Logits and boxes of all layers, float32 at least."""
+    layers = list(layers)
+    return tuple(full_precision(torch.stack([layer[k] for layer in layers])) for k in ("pred_logits", "pred_boxes"))
+
+
+def _by_name(terms: dict[str, Tensor], suffixes: list[str]) -> dict[str, Tensor]:
+    rows = ((name, values.detach().unbind(0)) for name, values in terms.items())
+    return {f"loss_{name}{suffix}": v for name, row in rows for suffix, v in zip(suffixes, row, strict=True)}
+
+
+def _own_targets(sizes: list[int], size: DenoisingSize) -> np.ndarray:
+    """int64 [2, G * T]: the slightly disturbed queries among all B * Dn, and the targets that they came from."""
+    starts = np.concatenate(([0], np.cumsum(sizes)))
+    group = 2 * size.num_slots * np.arange(size.num_groups)[:, None]
+    queries = [(image * size.num_queries + group + np.arange(n)).ravel() for image, n in enumerate(sizes)]
+    targets = [np.tile(starts[image] + np.arange(n), size.num_groups) for image, n in enumerate(sizes)]
+    return np.stack((np.concatenate(queries), np.concatenate(targets))).astype(np.int64)
 
 
 def _box_sums(boxes: Tensor) -> Tensor:

@@ -3,6 +3,7 @@ micro-batch, M matched pairs (the sum over images of the lesser of queries and t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,8 +32,15 @@ class Matcher:
     in ``bad_image``.
     """
 
-    def __init__(self, cost_class: float = 1.0, cost_bbox: float = 5.0, cost_giou: float = 2.0):
+    def __init__(
+        self,
+        cost_class: float = 1.0,
+        cost_bbox: float = 5.0,
+        cost_giou: float = 2.0,
+        class_cost: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    ):
         self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
+        self.class_cost = class_cost or softmax_cost
 
     @torch.no_grad()
     def __call__(
@@ -40,7 +48,7 @@ class Matcher:
     ) -> Matching:
         """
         Args:
-            logits: [L, B, Q, C + 1], float32 or float64.
+            logits: [L, B, Q, C + 1] (or C, without a background class), float32 or float64.
             boxes: [L, B, Q, 4] cxcywh.
             labels: int64 [T]; boxes_cxcywh: [T, 4]: the targets of all images, one after the other.
             sizes: number of targets of each image (B numbers, sum T).
@@ -58,12 +66,35 @@ class Matcher:
         return Matching(index[0], index[1], bad)
 
     def _cost(self, logits: Tensor, boxes: Tensor, labels: Tensor, targets: Tensor, image_index: Tensor) -> Tensor:
-        probability = logits.softmax(-1)[:, image_index, :, labels].transpose(0, 1)  # [T, L, Q] -> [L, T, Q]
+        class_cost = self.class_cost(logits, image_index, labels)  # [L, T, Q]
         own = boxes.index_select(1, image_index)  # [L, T, Q, 4]
         targets = targets.to(own.dtype)[None, :, None, :]  # [1, T, 1, 4]
         distance = (own - targets).abs().sum(-1)
         overlap = giou(cxcywh_to_xyxy(own), cxcywh_to_xyxy(targets))
-        return self.cost_bbox * distance - self.cost_class * probability - self.cost_giou * overlap
+        return self.cost_bbox * distance + self.cost_class * class_cost - self.cost_giou * overlap
+
+
+def softmax_cost(logits: Tensor, image_index: Tensor, labels: Tensor) -> Tensor:
+    """Of every query of a target's image to be its class: minus the probability.
+
+    Args:
+        logits: [L, B, Q, C + 1].
+        image_index, labels: [T].
+    Returns:
+        [L, T, Q]
+    """
+    return -logits.softmax(-1)[:, image_index, :, labels].transpose(0, 1)  # [T, L, Q] -> [L, T, Q]
+
+
+def focal_cost(logits: Tensor, image_index: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+    """As ``softmax_cost`` for independent classes, [L, B, Q, C]: what the focal loss would change.
+
+    Source: Zhu et al., Deformable DETR, ICLR 2021.
+    """
+    p = logits[:, image_index, :, labels].transpose(0, 1).sigmoid()  # [L, T, Q]
+    found = alpha * (1 - p).pow(gamma) * -(p + 1e-8).log()
+    missed = (1 - alpha) * p.pow(gamma) * -(1 - p + 1e-8).log()
+    return found - missed
 
 
 def assign(cost: np.ndarray, sizes: list[int], num_queries: int, bad: np.ndarray) -> np.ndarray:

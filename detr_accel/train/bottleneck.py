@@ -147,8 +147,7 @@ def _evaluation(built: Parts, seconds: float) -> float:
                 moved = batch.to(device)
                 with built.accelerator.autocast():
                     outputs = model(moved.images, moved.mask)
-                sizes = torch.tensor([t.orig_size_px for t in batch.targets])
-                models.detections(outputs, list(range(len(batch))), sizes, recipe.evaluate.max_detections)
+                models.detections_of(model, outputs, batch.targets, recipe.evaluate.max_detections)
                 images += len(batch)
             if time.perf_counter() - begun > seconds:
                 break

@@ -100,7 +100,8 @@ class Captures:
             "window": state.window, "step": state.step, "seed": recipe.seed, "precision": accelerator.mixed_precision,
             "device": accelerator.device.type, "processes": accelerator.num_processes, "losses": result.losses,
             "grad_norm": result.grad_norm, "grad_norms": result.grad_norms, "bad_images": result.bad_images,
-            "num_images": result.num_images, "num_boxes": result.num_boxes, "micro_batches": rows,
+            "num_images": result.num_images, "num_boxes": result.num_boxes, "most_boxes": result.most_boxes,
+            "micro_batches": rows,
         }  # fmt: skip
         try:
             models.weights.save(

@@ -23,10 +23,11 @@ from torch._subclasses.fake_tensor import (
 from detr_accel import data, models
 from detr_accel.models.matcher import Matcher, Matching
 from detr_accel.recipe import Recipe
-from detr_accel.structures import Targets, UserError
+from detr_accel.structures import Batch, Targets, UserError
 from detr_accel.train.live_bytes import LiveBytes, as_on_gpu
 from detr_accel.train.optim import allocate_state, build_optimizer
 from detr_accel.train.reduce import GradientReducer
+from detr_accel.train.window import forward
 
 MOMENTS = ("forward", "losses", "backward", "reduce", "optimizer", "evaluation")
 COMPONENTS = (
@@ -140,7 +141,7 @@ class _DryStep:
         """Returns what outlives it: on a CPU all micro-batches of the window lie in the same memory until the next
         window comes; a GPU gets one after the other."""
         live, model, demands = self.live, self.model, self.demands
-        for component, part in _parts(model).items():
+        for component, part in model.parts.items():
             live.watch(part, f"activations/{component}")
         live.begin("forward")
         with live.new("batch"):
@@ -148,14 +149,17 @@ class _DryStep:
             images, mask = _images(micro, demands.canvas_px)
             targets = _targets(micro, demands)
         with live.new("activations/heads_and_losses"):
+            batch = Batch(images, mask, targets, tuple(range(micro)))
+            denoising = self.criterion.disturb(batch, demands.most_boxes, seed=0)
             with self._autocast():
-                outputs = model.train()(images, mask)
+                outputs, denoising = forward(model.train(), batch, denoising)
             if self.layout.precision != "no":
                 outputs = _to_float32(outputs)
             live.begin("losses")
             boxes = micro * demands.most_boxes
             counts = torch.tensor([boxes, boxes, micro], dtype=torch.float64)
-            total = self.criterion.train()(outputs, targets, self.criterion.normalisers(counts)).total
+            counts = self.criterion.normalisers(counts)
+            total = self.criterion.train()(outputs, targets, counts, denoising).total
         live.begin("backward")
         with live.new("backward"):
             total.backward()
@@ -202,12 +206,6 @@ def _fill(model: nn.Module) -> None:
                     is_parameter = isinstance(old, nn.Parameter)
                     made[id(old)] = nn.Parameter(new, old.requires_grad) if is_parameter else new
                 table[name] = made[id(old)]
-
-
-def _parts(model: nn.Module) -> dict[str, nn.Module]:
-    return {
-        "backbone": model.backbone, "encoder": model.transformer.encoder, "decoder": model.transformer.decoder,
-    }  # fmt: skip
 
 
 def _state(model: nn.Module) -> list[Tensor]:

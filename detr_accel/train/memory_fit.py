@@ -19,7 +19,7 @@ from detr_accel import data, models
 from detr_accel.monitor import memory
 from detr_accel.structures import Batch, Targets, UserError
 from detr_accel.train.parts import Parts
-from detr_accel.train.window import is_out_of_memory
+from detr_accel.train.window import forward, is_out_of_memory
 
 _LIBC = ctypes.CDLL(None) if os.name == "posix" else None  # glibc keeps freed memory until it is told not to
 
@@ -204,8 +204,9 @@ def _forward_backward(parts: Parts, batch: Batch) -> None:
     parts.runner.forward_state.remember()
     device = parts.accelerator.device
     counts = parts.criterion.normalisers(parts.criterion.count(batch.targets).to(device))
+    denoising = parts.criterion.disturb(batch, max(len(t.labels) for t in batch.targets), seed=0)
     batch = batch.to(device)
     with parts.accelerator.autocast():
-        outputs = parts.bare(batch.images, batch.mask)
-    parts.criterion(outputs, batch.targets, counts).total.backward()
+        outputs, denoising = forward(parts.bare, batch, denoising)
+    parts.criterion(outputs, batch.targets, counts, denoising).total.backward()
     parts.runner.forward_state.restore()

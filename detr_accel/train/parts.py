@@ -79,9 +79,9 @@ def build(recipe: Recipe, accelerator: Accelerator, splits: data.Splits, *, resu
     bare = models.build(recipe, num_classes, load_weights=not resume)
     loaded, head_loaded = [], 0.0
     if recipe.model.init_from is not None and not resume:
-        fresh = bare.class_embed.weight.detach().clone()  # [C + 1, D], the last row for "no object"
+        fresh = bare.class_rows.detach().clone()  # [C, D]
         loaded = models.init_from(bare, splits.train.classes, recipe.model.init_from, recipe.model.init_head)
-        head_loaded = (bare.class_embed.weight != fresh).any(1)[:-1].double().mean().item()
+        head_loaded = (bare.class_rows != fresh).any(1).double().mean().item()
     bare.to(accelerator.device)
     criterion = models.build_criterion(recipe, num_classes).to(accelerator.device)
     groups = models.param_groups(bare)
@@ -98,7 +98,7 @@ def build(recipe: Recipe, accelerator: Accelerator, splits: data.Splits, *, resu
         overflow_patience=h.overflow_patience,
     )  # fmt: skip
     runner = WindowRunner(
-        accelerator, bare, criterion, groups, loss_names=criterion.loss_names(recipe.model.num_decoder_layers),
+        accelerator, bare, criterion, groups, loss_names=criterion.loss_names(bare.num_decoder_layers),
         seed=recipe.seed, overlap=recipe.dist.overlap,
     )  # fmt: skip
     return Parts(

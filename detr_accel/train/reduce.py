@@ -18,6 +18,15 @@ def all_reduce_sum(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor
 
 
+def all_reduce_max(value: int, device: torch.device) -> int:
+    """The largest over all processes; one device read where there are several."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        tensor = torch.tensor(value, device=device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return int(tensor)
+    return value
+
+
 class GradientReducer:
     """Sums ``.grad`` over processes after the window's last backward, in flat buckets of a fixed order.
 

@@ -199,8 +199,7 @@ class _Run:
             batch = batch.to(accelerator.device)
             with accelerator.autocast():
                 outputs = bare(batch.images, batch.mask)
-            sizes = torch.tensor([t.orig_size_px for t in batch.targets])
-            mine += models.detections(outputs, [t.image_id for t in batch.targets], sizes)
+            mine += models.detections_of(bare, outputs, batch.targets)
         bare.train()
         mine_of = {d.image_id: d for d in mine}
         source = self.source

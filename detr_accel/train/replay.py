@@ -42,7 +42,7 @@ from detr_accel.train.capture import CAPTURE, read_batch
 from detr_accel.train.replay_report import Report
 from detr_accel.train.suspects import Image
 from detr_accel.train.trace import Spot, Trace, describe, is_finite
-from detr_accel.train.window import is_out_of_memory, seed_dropout
+from detr_accel.train.window import forward, is_out_of_memory, seed_dropout
 
 AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -241,20 +241,21 @@ def _micro_batch(
 ) -> Outcome:
     """Forward, loss and backward; gradients stay, as they add up over the window."""
     seed_dropout(case.about["seed"], batch)
-    batch = suspects.with_place(batch, dtype, case.device)
     criterion, outcome = case.criterion, Outcome(images[0].micro_batch)
+    denoising = criterion.disturb(batch, case.about.get("most_boxes", 0), case.about["seed"])
+    batch = suspects.with_place(batch, dtype, case.device)
     watched = Trace(
-        case.model, num_layers=len(case.model.transformer.decoder.layers), num_images=len(images),
-        num_queries=criterion.num_queries,
-    )  # fmt: skip
+        case.model, num_layers=case.model.num_decoder_layers, num_images=len(images), num_queries=criterion.num_queries
+    )
     kind = AUTOCAST[precision]
     with watched, torch.autocast(case.device.type, kind) if kind else nullcontext():
-        outputs = case.model(batch.images, batch.mask)
+        outputs, denoising = forward(case.model, batch, denoising)
     if watched.forward is not None:
         return _forward_failed(case, outcome, watched.forward, images)
-    result = criterion(outputs, batch.targets, counts)
+    result = criterion(outputs, batch.targets, counts, denoising)
     if result.bad_image.any() or not is_finite(result.total):
-        return _loss_failed(case, outcome, outputs, batch, counts, images)
+        terms = suspects.terms_by_image(criterion, outputs, batch.targets, counts, denoising)
+        return _loss_failed(case, outcome, outputs, batch, terms, images)
     result.total.backward()
     spot, handed = watched.backward()
     grads = [(n, p.grad) for n, p in case.model.named_parameters() if p.grad is not None]
@@ -276,10 +277,10 @@ def _forward_failed(case: Case, outcome: Outcome, spot: Spot, images: list[Image
 
 
 def _loss_failed(
-    case: Case, outcome: Outcome, outputs: dict, batch: Batch, counts: dict, images: list[Image]
+    case: Case, outcome: Outcome, outputs: dict, batch: Batch, terms: list[list[str]], images: list[Image]
 ) -> Outcome:
+    """terms: of each image, those that are not finite for it alone."""
     outcome.stage = "loss"
-    terms = suspects.terms_by_image(case.criterion, outputs, batch.targets, counts)
     outcome.terms = list(dict.fromkeys(name for names in terms for name in names))
     bad = [image for image, names in zip(images, terms, strict=True) if names]
     if not bad:  # every image alone is fine: the weights of the terms, or what they are divided by

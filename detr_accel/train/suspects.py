@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from detr_accel.boxes import cxcywh_to_xyxy, giou
+from detr_accel.models.denoising import DenoisingQueries
 from detr_accel.structures import Batch, Targets
 
 ENORMOUS_PIXEL = 100.0  # normalised pixels of any picture lie within -5..5
@@ -116,11 +117,17 @@ def check_tensors(model: nn.Module) -> list[TensorFault]:
 
 
 @torch.no_grad()
-def terms_by_image(criterion: nn.Module, outputs: dict, targets: list[Targets], counts: dict) -> list[list[str]]:
+def terms_by_image(
+    criterion: nn.Module,
+    outputs: dict,
+    targets: list[Targets],
+    counts: dict,
+    denoising: DenoisingQueries | None = None,
+) -> list[list[str]]:
     """For each of B images the loss terms, by name and decoder layer, that are not finite for it alone."""
     found = []
     for i, target in enumerate(targets):
-        result = criterion(_only(outputs, i), [target], counts)
+        result = criterion(_only(outputs, i), [target], counts, denoising and denoising.only(i))
         found.append([name for name, value in result.losses.items() if not torch.isfinite(value)])
     return found
 
@@ -149,8 +156,13 @@ def worst_pair(criterion: nn.Module, outputs: dict, targets: list[Targets], imag
 
 def _only(outputs: dict, image: int) -> dict:
     """The outputs of one image, as a batch of one."""
-    cut = {k: v[image : image + 1].detach() for k, v in outputs.items() if isinstance(v, Tensor)}
-    return {**cut, "aux_outputs": [_only(o, image) for o in outputs.get("aux_outputs", [])]}
+    cut = {}
+    for name, value in outputs.items():
+        if isinstance(value, Tensor):
+            cut[name] = value[image : image + 1].detach()
+        else:
+            cut[name] = _only(value, image) if isinstance(value, dict) else [_only(o, image) for o in value]
+    return cut
 
 
 def blame_by_peak(images: list[Image], peaks: list[float] | None) -> list[Image]:

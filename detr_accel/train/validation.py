@@ -135,10 +135,7 @@ class Validation:
             with accelerator.autocast():
                 outputs = model(moved.images, moved.mask)
             total_loss.add(outputs, batch)
-            sizes = torch.tensor([t.orig_size_px for t in batch.targets])
-            return models.detections(
-                outputs, [t.image_id for t in batch.targets], sizes, recipe.evaluate.max_detections
-            )
+            return models.detections_of(model, outputs, batch.targets, recipe.evaluate.max_detections)
 
         metrics = self._scored(model, predict, stop)
         return None if metrics is None else (metrics, total_loss.result())

@@ -18,12 +18,13 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from detr_accel.models.denoising import DenoisingQueries
 from detr_accel.models.losses import image_spread
 from detr_accel.monitor import memory
 from detr_accel.monitor.stopwatch import Stopwatch
 from detr_accel.structures import Batch, Targets, UserError
 from detr_accel.train.forward_state import ForwardState
-from detr_accel.train.reduce import GradientReducer, all_reduce_sum
+from detr_accel.train.reduce import GradientReducer, all_reduce_max, all_reduce_sum
 
 # what alarms want to know of a window's targets: counts over all its images, from the host and for no further reduction
 FACTS = ("blank_images", "empty_images", "cut_boxes", "tiny_boxes")
@@ -41,6 +42,7 @@ class WindowResult:
     grad_norm: float = 0.0  # over all groups, before clipping
     num_images: int = 0
     num_boxes: int = 0
+    most_boxes: int = 0  # of one image, where the model asks for it
     facts: dict[str, float] = field(default_factory=dict)  # of the targets: see FACTS; and the share of padding
     statistics_finite: bool = True  # the running statistics that forward wrote
     bad_images: list[int] = field(default_factory=list)  # image ids whose matching cost was not finite
@@ -142,7 +144,7 @@ class WindowRunner:
         overlap = self.overlap and all_share
         if overlap and planned is not None:  # a device read, of this mode only
             overlap = int(total[2]) == planned
-        share = _Share(failure=failure)
+        share = _Share(failure=failure, most_boxes=self._most_boxes(micro_batches))
         if failure is None and not requests.broken:
             self._compute(micro_batches, self.criterion.normalisers(total[:3]), overlap, share, requests)
         with self.clock.section("reduce"):
@@ -159,7 +161,7 @@ class WindowRunner:
             self.accelerator.unscale_gradients()
         images = sum(len(b) for b in micro_batches)
         self.forward_state.combine(images, total[2], self.accelerator.num_processes, self.accelerator.device)
-        result.totals = share.totals
+        result.totals, result.most_boxes = share.totals, share.most_boxes
         return self._read(share, total, result)
 
     def _time_matching(self) -> None:
@@ -193,6 +195,13 @@ class WindowRunner:
                 failure = str(error)
         return all_reduce_sum(count, self.accelerator.device), failure
 
+    def _most_boxes(self, micro_batches: Sequence[Batch]) -> int:
+        """Of an image of the window, over all processes: the denoising queries of all have one size."""
+        if self.criterion.noise is None:
+            return 0
+        most = max((len(t.labels) for b in micro_batches for t in b.targets), default=0)
+        return all_reduce_max(most, self.accelerator.device)
+
     def _compute(
         self,
         micro_batches: Sequence[Batch],
@@ -224,13 +233,14 @@ class WindowRunner:
         """Forward, match, loss, backward; adds the detached terms and the ids of unmatched images to ``share``."""
         seed_dropout(self.seed, batch)
         section = self.clock.section
+        denoising = self.criterion.disturb(batch, share.most_boxes, self.seed)
         with section("copy"):
             batch = batch.to(self.accelerator.device, non_blocking=True)
         self.phases.begin("forward")
         with section("forward"):
-            outputs = self.model(batch.images, batch.mask)
+            outputs, denoising = forward(self.model, batch, denoising)
         with section("loss"):
-            result = self.criterion(outputs, batch.targets, counts)
+            result = self.criterion(outputs, batch.targets, counts, denoising)
         self.phases.begin("backward")
         with section("backward"):
             # under overlap DistributedDataParallel averages over processes; ours is a sum
@@ -314,11 +324,22 @@ class _Share:
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     box_sums: Tensor | None = None
+    most_boxes: int = 0  # of an image of the whole window
     bad: list[int] = field(default_factory=list)
     totals: list[Tensor] = field(default_factory=list)
     out_of_memory: bool = False
     abandoned: bool = False
     failure: str | None = None
+
+
+def forward(
+    model: nn.Module, batch: Batch, denoising: DenoisingQueries | None
+) -> tuple[dict, DenoisingQueries | None]:
+    """The outputs for a batch that is on the device, and the denoising queries, moved there."""
+    if denoising is None:
+        return model(batch.images, batch.mask), None
+    denoising = denoising.to(batch.images.device, non_blocking=True)
+    return model(batch.images, batch.mask, denoising), denoising
 
 
 def count_facts(targets: Sequence[Targets]) -> Tensor:

@@ -6,6 +6,7 @@ from torchvision.ops import generalized_box_iou_loss
 from detr_accel import models
 from detr_accel.boxes import cxcywh_to_xyxy
 from detr_accel.models.autocast import within_half
+from detr_accel.models.class_losses import CrossEntropy
 from detr_accel.models.losses import SetCriterion
 from detr_accel.models.matcher import Matcher
 from detr_accel.models.transformer import DecoderLayer
@@ -176,7 +177,7 @@ def test_micro_batches_add_up_to_the_window(make_model, make_recipe, make_batch,
 
 @pytest.mark.parametrize("label", [-1, 5])
 def test_a_label_without_a_class_is_named_before_a_device_sees_it(label):
-    criterion = SetCriterion(5, 4, Matcher(), {"ce": 1.0, "bbox": 5.0, "giou": 2.0}, 0.1)
+    criterion = SetCriterion(5, 4, Matcher(), {"ce": 1.0, "bbox": 5.0, "giou": 2.0}, CrossEntropy(0.1))
     boxes = torch.full((2, 4), 0.3)
     target = Targets(17, torch.tensor([0, label]), boxes, (8, 8), (8, 8))
     with pytest.raises(UserError, match=f"image 17 has a box with label {label}, and the model has the classes 0 to 4"):
