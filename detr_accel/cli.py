@@ -152,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--dc5", action="store_true", default=None, help="the weights belong to a DC5 model (no file can tell)"
     )
+    p.add_argument("--num-heads", type=int, metavar="N", help="attention heads, where the file cannot tell (default 8)")
     p.add_argument("--cut-head", action="store_true", help="drop the labels that no category uses (91 -> 80)")
 
     p = verb("fetch", _fetch, "download a hub model once, to carry to a machine without network")
@@ -357,7 +358,7 @@ def _recipes(args, _) -> int:
 def _convert(args, _) -> int:
     from detr_accel.models import convert
 
-    loaded = convert.read(args.source, dc5=args.dc5)
+    loaded = convert.read(args.source, dc5=args.dc5, num_heads=args.num_heads)
     print("\n".join(convert.write(loaded, args.out, to=args.to, cut_head=args.cut_head)))
     return 0
 

@@ -27,7 +27,8 @@ def small_recipe(backbone="resnet18d.ra2_in1k", live=False, rtdetr=None, loss=No
     inside = recipes.Model.model_fields["rtdetr"].annotation(**{**INSIDE, **(rtdetr or {})})
     model = recipes.Model(name="rtdetr", backbone=part, rtdetr=inside, **{**SIZES, **changes})
     terms = recipes.Loss(cost_class=2.0, **(loss or {}))
-    return recipes.Recipe(data=recipes.Data(root="/data/coco"), model=model, loss=terms)
+    data = recipes.Data(root="/data/coco", eval_size=640, eval_max_size=640)
+    return recipes.Recipe(data=data, model=model, loss=terms)
 
 
 def randomise(module, seed=0):

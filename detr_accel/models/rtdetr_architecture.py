@@ -35,7 +35,7 @@ _NEEDED = (
     *("encoder.input_proj.0.conv.weight", "decoder.enc_output.proj.weight", "decoder.enc_score_head.bias"),
     *("decoder.decoder.layers.0.linear1.weight", "decoder.decoder.layers.0.cross_attn.attention_weights.weight"),
 )
-PUBLISHED_QUERIES, PUBLISHED_HEADS = 300, 8
+PUBLISHED_QUERIES, PUBLISHED_HEADS, PUBLISHED_SIDE = 300, 8, 640
 NAMES = {18: "resnet18d", 34: "resnet34d", 50: "resnet50d", 101: "resnet101d"}  # depths that the original has
 
 
@@ -45,7 +45,7 @@ class Told:
 
     Args:
         num_points: sampling points of a head, for each level; pixels: see ``recipe.Backbone``; activation: of the
-            decoder's feed-forward parts.
+            decoder's feed-forward parts; side_px: of the squares that images are squeezed to.
     """
 
     num_heads: int | None = None
@@ -56,6 +56,7 @@ class Told:
     activation: str | None = None
     dropout: float = 0.0
     num_denoising: int = 100
+    side_px: int = PUBLISHED_SIDE
 
 
 def name_resnet(state: StateDict) -> str | None:
@@ -75,7 +76,7 @@ def has_first_shortcut(state: StateDict) -> bool:
 
 def points_of(scale: torch.Tensor) -> tuple[int, ...]:
     """Points for each level, from the buffer in which the second version keeps 1 / n, n times for each level."""
-    left, points = [round(1 / v) for v in scale.flatten().tolist() if v > 0], []
+    left, points = [max(1, round(1 / v)) for v in scale.flatten().tolist() if v > 0], []
     while left:
         points.append(left[0])
         left = left[left[0] :]
@@ -93,7 +94,9 @@ def infer(
     Raises:
         UserError: a part is missing that every RT-DETR has, or sizes that no RT-DETR has.
     """
-    missing = [k for k in _NEEDED if k not in state]
+    missing = [k for k in _NEEDED if k not in state] + [
+        f"size of {k}" for k, v in state.items() if v.dim() == 0 and not is_counter(k)
+    ]
     if missing:
         raise UserError(f"{source} holds no RT-DETR detector: no {', '.join(missing)} among its {len(state)} tensors")
     backbone = backbone or name_resnet(state)
@@ -107,7 +110,10 @@ def infer(
         "frozen_stages": 0 if live else 1, "first_shortcut": has_first_shortcut(state),
     }  # fmt: skip
     model = {"name": "rtdetr", "backbone": part, **_sizes(state, source, told)}
-    tree: dict[str, Any] = {"data": {"root": DATA_ROOT}, "model": model}
+    data = {"root": DATA_ROOT, "eval_size": told.side_px, "eval_max_size": told.side_px}
+    if "square" in recipes.Data.model_fields:
+        data["square"] = True
+    tree: dict[str, Any] = {"data": data, "model": model}
     if model["rtdetr"]["query_pos_layers"] == 3:
         tree["loss"] = {"kind": "mal"}
     tree["name"] = re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("._-") or "converted"

@@ -16,7 +16,7 @@ from detr_accel.models import rtdetr_architecture, weights
 from detr_accel.models import rtdetr_keymaps as keymaps
 from detr_accel.models.class_rows import num_labels
 from detr_accel.models.coco_classes import are_coco_80, coco_80
-from detr_accel.models.rtdetr_architecture import Told
+from detr_accel.models.rtdetr_architecture import PUBLISHED_SIDE, Told
 from detr_accel.models.weights import Loaded
 from detr_accel.structures import Classes, UserError
 
@@ -42,7 +42,7 @@ def read(folder: Path, config: dict[str, Any]) -> Loaded:
     raw = weights.read_safetensors(folder / weights.MODEL)
     state = keymaps.from_transformers(raw)
     report = [f"{folder}: transformers' key names, {len(raw)} tensors"]
-    preprocessor, pixels = _preprocessor_of(folder, report)
+    preprocessor, pixels, side_px = _preprocessor_of(folder, report)
     told = Told(
         num_heads=config.get("decoder_attention_heads", 8),
         num_points=(config.get("decoder_n_points", 4),) * config.get("num_feature_levels", 3),
@@ -52,6 +52,7 @@ def read(folder: Path, config: dict[str, Any]) -> Loaded:
         activation=config.get("decoder_activation_function", "relu"),
         dropout=config.get("dropout", 0.0),
         num_denoising=config.get("num_denoising", 100),
+        side_px=side_px,
     )
     recipe = rtdetr_architecture.infer(state, folder.name, folder, told)
     classes = _classes(config, num_labels(state) or 0, folder)
@@ -162,21 +163,26 @@ def _class_entries(classes: Classes) -> dict:
     }
 
 
-def _preprocessor_of(folder: Path, report: list[str]) -> tuple[dict | None, str]:
-    """preprocessor_config.json, and how its images are normalised in our words."""
+def _preprocessor_of(folder: Path, report: list[str]) -> tuple[dict | None, str, int]:
+    """preprocessor_config.json, how its images are normalised in our words, and the side of its squares, in pixels."""
     path = folder / "preprocessor_config.json"
     if not path.is_file():
         report.append("pixels: taken as 0..1 without mean and deviation, as the published models have them")
-        return None, "unit"
+        return None, "unit", PUBLISHED_SIDE
     told = weights.read_json(path)
     if not isinstance(told, dict):
         raise UserError(f"{path} is no table of settings: copy it again")
+    size = told.get("size")
+    side = size.get("height") if isinstance(size, dict) else None
+    if type(side) is not int or side < 32 or size.get("width") != side:
+        report.append(f"beware: its images are resized to {size}, here to squares of {PUBLISHED_SIDE}")
+        side = PUBLISHED_SIDE
     if not told.get("do_normalize", False):
-        return told, "unit"
+        return told, "unit", side
     given = [round(float(v), 3) for v in [*(told.get("image_mean") or ()), *(told.get("image_std") or ())]]
     if given != _IMAGENET:
         raise UserError(f"{path}: images are normalised with {given}; only ImageNet's mean and deviation, or none, fit")
-    return told, "timm"
+    return told, "timm", side
 
 
 def _config(loaded: Loaded) -> dict:

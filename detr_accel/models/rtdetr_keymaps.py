@@ -37,10 +37,12 @@ _IN_PROJ = re.compile(r"^(.+self_attn)\.in_proj_(weight|bias)$")
 
 
 def is_official(state: StateDict) -> bool:
+    """Whether these are the original's names, of either version, or DEIM's."""
     return any(".res_layers." in k for k in state) and any("dec_score_head." in k for k in state)
 
 
 def is_transformers(state: StateDict) -> bool:
+    """Whether these are transformers' names, of either version."""
     return any(strip_wrappers(k).startswith(("model.encoder_input_proj.", "model.enc_score_head.")) for k in state)
 
 
@@ -51,7 +53,7 @@ def version_of(state: StateDict) -> int:
 
 def anchor_cells(state: StateDict) -> int | None:
     """How many anchors lie beside official weights, None where there are none."""
-    return next((v.shape[-2] for k, v in state.items() if k.endswith("decoder.anchors")), None)
+    return next((v.shape[1] for k, v in state.items() if k.endswith("decoder.anchors") and v.dim() == 3), None)
 
 
 def heads_stand_twice(state: StateDict) -> bool:

@@ -7,6 +7,7 @@ is made anew on writing, so that the original's strict loading finds it.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,16 @@ from detr_accel.models import rtdetr_keymaps as keymaps
 from detr_accel.models.class_rows import num_labels
 from detr_accel.models.coco_classes import coco_80
 from detr_accel.models.keymaps import StateDict
-from detr_accel.models.rtdetr_architecture import NAMES, PUBLISHED_QUERIES, Told
+from detr_accel.models.rtdetr_architecture import NAMES, PUBLISHED_QUERIES, PUBLISHED_SIDE, Told
 from detr_accel.models.weights import Loaded
 from detr_accel.structures import Classes, UserError
 
 EXTRA = "detr_accel"  # the entry of a .pth that holds what the official format has no place for
-_PUBLISHED_SIDE = 640  # eval_spatial_size of the published configs, which the anchors in a file are made for
 _STRIDES = (8, 16, 32)
 
 
 def is_official(state: StateDict) -> bool:
+    """Whether these are the original's names, of either version."""
     return keymaps.is_official(state)
 
 
@@ -44,7 +45,12 @@ def read(raw: StateDict, extra: Any, path: Path, place: str, num_heads: int | No
     state, version = keymaps.from_official(raw), keymaps.version_of(raw)
     scale = next((v for k, v in raw.items() if k.endswith("num_points_scale")), None)
     points = None if scale is None else rtdetr_architecture.points_of(scale)
-    heads = None if points else num_heads
+    told = Told(num_points=points, num_heads=None if points else num_heads)
+    meta = {"weights": "ema" if place == "ema.module" else "raw", "source": path.name, "format": "official"}
+    meta |= {"version": version, "place": place}
+    if cells := keymaps.anchor_cells(raw):
+        meta["anchors_side_px"] = _side_of(cells)
+        told = replace(told, side_px=meta["anchors_side_px"])
     report = [f"{path.name}: RT-DETR's key names, version {version}, {len(state)} tensors"]
     if place == "ema.module":
         report.append("weights: the averaged ones (ema.module)")
@@ -52,14 +58,10 @@ def read(raw: StateDict, extra: Any, path: Path, place: str, num_heads: int | No
         recipe, classes = weights.read_extra(extra, f"{path}: entry {EXTRA}")
         report.append(f"class table and recipe: as kept in the file's entry {EXTRA}")
     else:
-        recipe = rtdetr_architecture.infer(state, path.stem, path, Told(num_points=points, num_heads=heads))
+        recipe = rtdetr_architecture.infer(state, path.stem, path, told)
         classes = _assumed_classes(num_labels(state) or 0, report)
         report += _assumed_lines(recipe.model, points is None and num_heads is None)
     weights.check_head(state, classes, path)
-    meta = {"weights": "ema" if place == "ema.module" else "raw", "source": path.name, "format": "official"}
-    meta |= {"version": version, "place": place}
-    if cells := keymaps.anchor_cells(raw):
-        meta["anchors_side_px"] = _side_of(cells)
     return Loaded(state, recipe, classes, meta, path, report)
 
 
@@ -75,7 +77,7 @@ def content(loaded: Loaded) -> tuple[dict[str, Any], list[str]]:
     theirs = keymaps.to_official(loaded.state_dict, version)
     lines = [f"key names: those of RT-DETR's version {version}" + (", which DEIM has too" if version == 2 else "")]
     if version == 2:
-        side = loaded.meta.get("anchors_side_px", _PUBLISHED_SIDE)
+        side = loaded.meta.get("anchors_side_px", PUBLISHED_SIDE)
         theirs |= _buffers(model, side)
         lines.append(f"anchors: for images of {side} x {side}, which must be eval_spatial_size there")
     place = loaded.meta.get("place", "model")

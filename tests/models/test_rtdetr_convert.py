@@ -151,7 +151,9 @@ def test_bare_and_wrapped_state_dicts_are_read_alike(v1, tmp_path, wrap):
 
 def test_anchors_of_another_image_size_come_back(tmp_path):
     state = official_state(2, side=96)
-    convert.write(convert.read(save({"model": state}, tmp_path / "a.pth")), tmp_path / "b.pth", to="official")
+    read = convert.read(save({"model": state}, tmp_path / "a.pth"))
+    assert read.recipe.data.eval_size == 96
+    convert.write(read, tmp_path / "b.pth", to="official")
     assert equal(torch.load(tmp_path / "b.pth", weights_only=True)["model"], state)
 
 
@@ -206,9 +208,10 @@ def test_published_sizes_are_recognised_and_give_the_published_counts(name):
     (lambda s: {k: v for k, v in s.items() if "enc_score_head" not in k}, "holds no RT-DETR detector"),
     (lambda s: {k: v for k, v in s.items() if k != "decoder.enc_bbox_head.layers.0.bias"},
      "decoder.enc_bbox_head.layers.0.bias is missing"),
+    (lambda s: s | {"decoder.enc_score_head.bias": torch.tensor(1.0)}, "no size of decoder.enc_score_head.bias"),
     (lambda s: {k: v[:-1] if "attention_weights" in k else v for k, v in s.items()}, "8 heads do not fit"),
     (lambda s: rtdetr_keymaps.to_transformers(rtdetr_keymaps.from_official(s)), "transformers' key names"),
-], ids=["backbone", "unexpected", "no head", "missing", "points", "transformers"])  # fmt: skip
+], ids=["backbone", "unexpected", "no head", "missing", "scalar", "points", "transformers"])  # fmt: skip
 def test_what_is_not_our_rtdetr_is_refused_in_one_sentence(v1, tmp_path, change, sentence):
     with pytest.raises(UserError, match=sentence) as caught:
         convert.read(save({"model": change(v1)}, tmp_path / "rt.pth"))
@@ -305,6 +308,7 @@ def test_configs_of_other_detectors_are_refused_in_one_sentence(hub_folder, chan
 def test_images_normalised_otherwise_than_known_are_refused(hub_folder):
     folder = hub_folder
     path = folder / "preprocessor_config.json"
+    assert convert.read(folder).recipe.data.eval_size == 640
     told = json.loads(path.read_text()) | {"do_normalize": True}
     path.write_text(json.dumps(told))
     assert convert.read(folder).recipe.model.backbone.pixels == "timm"
