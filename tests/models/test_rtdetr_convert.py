@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rtdetr_files import DEIM, loaded, official_names, official_state, small_model, small_recipe
+from rtdetr_files import DEIM, anchors, loaded, official_names, official_state, small_model, small_recipe
 from safetensors.torch import load_file, save_file
 
 from detr_accel import models
@@ -176,6 +176,9 @@ def test_what_an_official_file_cannot_say_survives_in_an_entry_of_ours(tmp_path)
     back = convert.read(tmp_path / "own.pth")
     assert (back.classes, back.recipe) == (classes, ours.recipe) and equal(back.state_dict, ours.state_dict)
     assert said(lines, "entry detr_accel") and said(lines, "anchors", "640 x 640")
+    theirs = torch.load(tmp_path / "own.pth", weights_only=True)["model"]
+    for name, wanted in zip(("anchors", "valid_mask"), anchors(640), strict=True):
+        assert torch.equal(theirs[f"decoder.{name}"], wanted)
 
 
 PUBLISHED = {  # backbone -> sizes; parameters that the original counts with them, and entries of its first version
