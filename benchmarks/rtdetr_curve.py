@@ -8,8 +8,8 @@
     python benchmarks/rtdetr_curve.py run runs/ours-0 --out ours-0.json
     python benchmarks/rtdetr_curve.py plot plain-*.json ours-*.json --out rtdetr_bccd.png
 
-Both: tf_efficientnet_lite0 from ImageNet, width 128, 3 decoder layers, 100 queries, 320 x 320, batch 8, two threads. The
-plain loop: AdamW 2e-4, backbone 1e-4, weight decay 1e-4, gradient clipping at 0.1, horizontal flips, its own loss,
+Both: tf_efficientnet_lite0 from ImageNet, width 128, 3 decoder layers, 100 queries, 320 x 320, batch 8, two threads.
+The plain loop: AdamW 2e-4, backbone 1e-4, weight decay 1e-4, gradient clipping at 0.1, horizontal flips, its own loss,
 constant rate, one loader process. The clock runs while training and stands while evaluating, for both.
 """
 

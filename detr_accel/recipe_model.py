@@ -27,6 +27,9 @@ class Backbone(Section):
     pixels: Literal["timm", "unit"] = "timm"
     """How images are normalised. ``timm``: with the mean and deviation that the backbone's weights were trained with.
     ``unit``: 0..1 as they are, which the published RT-DETR weights want."""
+    first_shortcut: bool = False
+    """A convolution in the first stage's first shortcut too, as the published RT-DETR-R18 and -R34 have and timm's
+    ``resnet18d`` and ``resnet34d`` have not; it starts as the identity."""
     fold_norm: bool = True
     """Fold frozen BatchNorm into the convolution at each forward: the same model, less memory and time."""
 
@@ -48,6 +51,8 @@ class RtDetr(Section):
     """``discrete`` looks at whole cells only, which every runtime can do (RT-DETRv2); its offsets do not train."""
     activation: Literal["relu", "silu"] = "relu"
     """In the decoder's feed-forward parts (DEIM: silu)."""
+    mlp_activation: Literal["relu", "silu"] = "relu"
+    """In the small nets that say boxes and make positions of them (DEIM: silu)."""
     query_pos_layers: Literal[2, 3] = 2
     """Layers of the net that makes a query's position of its box: 2, twice as wide inside (RT-DETR), or 3 (DEIM)."""
     learned_queries: bool = False

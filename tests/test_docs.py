@@ -38,6 +38,7 @@ NOT_RUN = {
     "make test": "this is it",
     "source .venv/bin/activate": "the environment of this test is another",
     "detr-r101-2c7b67e5.pth": "released weights need the network; tests/models/test_convert.py holds the conversion",
+    "rtdetrv2_r101vd_6x_coco.pth": "likewise; tests/models/test_rtdetr_convert.py holds the conversion",
     "detr-accel fetch": "needs the network; its refusal without one is tested in tests/models/test_convert.py",
 }
 HERE = {"/data/coco": "mine"}  # what a text calls it -> the folder of the same layout that is here

@@ -122,7 +122,8 @@ def test_no_import_circle():
 
 
 # sizes.py is a part of the builder of data; the others read and write the recipe beside weights, or for foreign ones
-BUILDERS = ("__init__.py", "sizes.py", "architecture.py", "convert.py", "weights.py")
+FOREIGN = ("architecture.py", "rtdetr_architecture.py", "rtdetr_official.py")
+BUILDERS = ("__init__.py", "sizes.py", "convert.py", "weights.py", *FOREIGN)
 
 
 def test_only_builders_and_the_loop_see_a_recipe():

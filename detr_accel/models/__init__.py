@@ -130,7 +130,7 @@ def _build_rtdetr(recipe: Recipe, num_classes: int, load_weights: bool) -> RTDET
     shape = DecoderShape(
         dim=dim, num_heads=model.num_heads, num_layers=model.num_decoder_layers,
         dim_feedforward=model.dim_feedforward, dropout=model.dropout, num_queries=model.num_queries,
-        num_points=tuple(r.num_points), sampling=r.sampling, activation=r.activation,
+        num_points=tuple(r.num_points), sampling=r.sampling, activation=r.activation, mlp_activation=r.mlp_activation,
         query_pos_dims=(2 * dim, dim) if r.query_pos_layers == 2 else (dim, dim, dim),
         learned_queries=r.learned_queries, look_twice=r.look_twice,
     )  # fmt: skip
@@ -164,6 +164,7 @@ def _build_backbone(recipe: Recipe, load_weights: bool, num_maps: int = 1) -> Ba
         "backbone" in recipe.model.activation_checkpointing,
         load_weights and recipe.model.init_from is None,
         num_maps,
+        backbone.first_shortcut,
     )
     if backbone.pixels == "unit":
         made.mean, made.std = (0.0,) * 3, (1.0,) * 3

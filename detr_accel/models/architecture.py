@@ -125,7 +125,7 @@ def check(state: StateDict, recipe: recipes.Recipe, num_classes: int, source: st
     faults = [f"{k} is unexpected" for k in unexpected] + [f"{k} is missing" for k in missing]
     faults += [f"{k} is {list(state[k].shape)} instead of {list(own[k].shape)}" for k in shapes]
     more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
-    raise UserError(f"{source} is not a DETR that this toolkit has: {'; '.join(faults[:3])}{more}")
+    raise UserError(f"{source} is not a detector that this toolkit has: {'; '.join(faults[:3])}{more}")
 
 
 _VARIANTS = {

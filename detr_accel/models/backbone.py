@@ -32,8 +32,9 @@ class Backbone(nn.Module):
         checkpointing: compute blocks again in backward instead of keeping them.
         load_weights: False builds the structure alone and reads nothing.
         num_maps: how many of the model's feature maps are wanted, counted from the last.
+        first_shortcut: put a convolution into the first stage's first shortcut, where a ResNet has none.
     Raises:
-        UserError: unknown name; fewer maps; no stride 16; weights not to be had.
+        UserError: unknown name; fewer maps; no stride 16; weights not to be had; no such shortcut.
     """
 
     def __init__(
@@ -47,9 +48,12 @@ class Backbone(nn.Module):
         checkpointing: bool = False,
         load_weights: bool = True,
         num_maps: int = 1,
+        first_shortcut: bool = False,
     ):
         super().__init__()
         self.body, self.side_multiple = _create(name, weights if load_weights else "none", dc5, num_maps)
+        if first_shortcut:
+            _add_first_shortcut(self.body, name)
         self.channels: list[int] = self.body.feature_info.channels()
         self.strides: list[int] = self.body.feature_info.reduction()
         self.num_channels, self.stride = self.channels[-1], self.strides[-1]
@@ -110,6 +114,23 @@ def _create(name: str, weights: str, dc5: bool, num_maps: int) -> tuple[nn.Modul
     body = _call_timm(name, dc5, pretrained=True, pretrained_cfg_overlay={"state_dict": state}, **options)
     body.pretrained_cfg["state_dict"] = None
     return body, multiple
+
+
+def _add_first_shortcut(body: nn.Module, name: str) -> None:
+    """A 1x1 convolution and a norm in the first block's shortcut; as the identity, so that pretrained weights still
+    mean what they did."""
+    block = next(iter(getattr(body, "layer1", ())), None)
+    if not hasattr(block, "conv1") or getattr(block, "downsample", block) is not None:
+        raise UserError(
+            f"model.backbone.first_shortcut: the first block of {name} has no plain shortcut; it is for resnet18d and "
+            "resnet34d"
+        )
+    width = block.conv1.in_channels
+    conv, norm = nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width)
+    with torch.no_grad():
+        nn.init.dirac_(conv.weight)
+        norm.running_var.sub_(norm.eps)
+    block.downsample = nn.Sequential(nn.Identity(), conv, norm)
 
 
 def _call_timm(name: str, dc5: bool, **options) -> nn.Module:

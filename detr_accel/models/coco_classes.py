@@ -1,10 +1,13 @@
-"""The 80 categories of COCO, and the 91 labels that the published DETR checkpoints give them.
+"""The 80 categories of COCO, and the labels that published checkpoints give them: 91 in DETR's, 80 in RT-DETR's.
 
-COCO numbers its categories 1 to 90 with ten gaps. The published heads use the raw category id as the label, so label 0
-and the gaps exist in the head and are never used. Source: COCO's own ``instances_val2017.json``, ``categories``.
+COCO numbers its categories 1 to 90 with ten gaps. DETR's published heads use the raw category id as the label, so label
+0 and the gaps exist in the head and are never used; RT-DETR's count the 80 in the order of their ids. Source: COCO's
+own ``instances_val2017.json``, ``categories``.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from detr_accel.structures import Classes
 
@@ -23,6 +26,10 @@ COCO_NAMES: dict[int, str] = {
 }  # fmt: skip
 
 NUM_LABELS = 91
+_OTHER_NAMES = {  # of Pascal VOC, in transformers' configs of RT-DETR
+    "motorbike": "motorcycle", "aeroplane": "airplane", "sofa": "couch", "pottedplant": "potted plant",
+    "diningtable": "dining table", "tvmonitor": "tv",
+}  # fmt: skip
 
 
 def coco_91() -> Classes:
@@ -30,3 +37,14 @@ def coco_91() -> Classes:
     names = tuple(COCO_NAMES.get(i) for i in range(NUM_LABELS))
     ids = tuple(i if i in COCO_NAMES else None for i in range(NUM_LABELS))
     return Classes(names, ids)
+
+
+def coco_80() -> Classes:
+    """The class table of the published RT-DETR heads: the 80 in the order of their category ids, without gaps."""
+    return Classes(tuple(COCO_NAMES.values()), tuple(COCO_NAMES))
+
+
+def are_coco_80(names: Sequence[str | None]) -> bool:
+    """Whether these are the names of COCO's 80 in their order; the older names of six of them count, too."""
+    plain = [_OTHER_NAMES.get(n.lower(), n.lower()) if n else n for n in names]
+    return plain == list(COCO_NAMES.values())

@@ -1,8 +1,9 @@
 """Detectors of three formats, read and written: ours, the official ``.pth``, and transformers' folders.
 
-The weights go there and back unchanged, bit for bit. What a format cannot hold is told in the report: a ``.pth`` knows
-neither class names nor DC5 nor the number of heads (where these are not the published models', an entry ``detr_accel``
-beside ``model`` keeps them; the official code does not look at it). Nothing is unpickled but tensors and plain values.
+DETR, and RT-DETR (both versions, and DEIM). The weights go there and back unchanged, bit for bit. What a format cannot
+hold is told in the report: a ``.pth`` knows neither class names nor DC5 nor the number of heads or queries (where these
+are not the published models', an entry ``detr_accel`` beside the weights keeps them; the official code does not look at
+it). Nothing is unpickled but tensors and plain values.
 """
 
 from __future__ import annotations
@@ -21,7 +22,16 @@ from safetensors import SafetensorError
 from torch import nn
 
 from detr_accel import recipe as recipes
-from detr_accel.models import architecture, hub, transformers_folder, weights
+from detr_accel.models import (
+    architecture,
+    class_rows,
+    hub,
+    rtdetr_folder,
+    rtdetr_keymaps,
+    rtdetr_official,
+    transformers_folder,
+    weights,
+)
 from detr_accel.models.coco_classes import NUM_LABELS, coco_91
 from detr_accel.models.hub import fetch
 from detr_accel.models.keymaps import (
@@ -39,7 +49,7 @@ from detr_accel.structures import Classes, UserError, writing
 
 __all__ = ["FORMATS", "cut_head", "fetch", "init_from", "read", "write"]
 
-_EXTRA = "detr_accel"  # the entry of a .pth that holds what the official format has no place for
+_EXTRA = rtdetr_official.EXTRA
 
 
 def read(path: str | Path, *, dc5: bool | None = None, num_heads: int | None = None) -> Loaded:
@@ -52,7 +62,7 @@ def read(path: str | Path, *, dc5: bool | None = None, num_heads: int | None = N
     Returns:
         the detector under our names, complete; ``report`` says which weights these are and what was left out.
     Raises:
-        UserError: not there, damaged, not a DETR, with masks, or contradicting dc5 or num_heads.
+        UserError: not there, damaged, no detector of a known kind, with masks, or contradicting dc5 or num_heads.
     """
     path = Path(path)
     if path.is_file() and path.name == weights.MODEL and any((path.parent / n).exists() for n in _DESCRIBED_BY):
@@ -155,16 +165,28 @@ def _read_file(path: Path, dc5: bool | None, num_heads: int | None) -> Loaded:
         content: dict[str, Any] = {"model": weights.read_safetensors(path)}
     else:
         content = _unpickle_tensors(path)
-    nested = isinstance(content.get("model"), dict)
-    state = content["model"] if nested else content
-    beside = sorted(set(content) - {"model", _EXTRA}) if nested else []
+    state, place = _weights_in(content)
+    beside = sorted(set(content) - {place.partition(".")[0], _EXTRA}) if place else []
     if not state or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
         raise UserError(f"{path} holds no state dict: expected tensors by name, or such a dict under 'model'")
-    extra = content.get(_EXTRA) if nested else None
-    loaded = _official(state, extra, path, dc5, num_heads)
+    extra = content.get(_EXTRA) if place else None
+    if rtdetr_official.is_official(state):
+        loaded = rtdetr_official.read(state, extra, path, place, num_heads)
+    else:
+        loaded = _official(state, extra, path, dc5, num_heads)
     if beside:
         loaded.report.append(f"left out of {path.name}: {', '.join(beside)} (not part of the model)")
     return loaded
+
+
+def _weights_in(content: dict[str, Any]) -> tuple[Any, str]:
+    """The weights in a file, and where they stand: averaged ones where there are any, as the original takes them."""
+    ema = content.get("ema")
+    if isinstance(ema, dict) and isinstance(ema.get("module"), dict):
+        return ema["module"], "ema.module"
+    if isinstance(content.get("model"), dict):
+        return content["model"], "model"
+    return content, ""
 
 
 def _unpickle_tensors(path: Path) -> dict[str, Any]:
@@ -205,7 +227,7 @@ def _official(state: StateDict, extra: Any, path: Path, dc5: bool | None, num_he
     if is_masked(state):
         raise UserError(MASKED.format(path))
     named = from_official(state)
-    if is_transformers(named):
+    if is_transformers(named) or rtdetr_keymaps.is_transformers(named):
         raise UserError(
             f"{path} has transformers' key names: give the folder that holds model.safetensors and config.json"
         )
@@ -214,10 +236,7 @@ def _official(state: StateDict, extra: Any, path: Path, dc5: bool | None, num_he
     if len(named) > len(state):
         report.append(f"left out: {len(named) - len(state)} batch counters, which frozen normalisation does not use")
     if extra:
-        if not isinstance(extra, dict) or not isinstance(extra.get("recipe"), str):
-            raise UserError(f"{path}: its entry {_EXTRA} is damaged (a recipe and a class table belong there)")
-        recipe = recipes.loads(extra["recipe"], f"{path}, entry {_EXTRA}")
-        classes = weights.classes_from(extra.get("classes"), f"{path}: entry {_EXTRA}")
+        recipe, classes = weights.read_extra(extra, f"{path}: entry {_EXTRA}")
         report.append(f"class table and recipe: as kept in the file's entry {_EXTRA}")
     else:
         recipe = architecture.infer(state, path.stem, path, dc5=bool(dc5), num_heads=num_heads or 8)
@@ -251,10 +270,7 @@ def _assumed_lines(recipe: recipes.Recipe, dc5: bool | None, num_heads: int | No
 
 def _cut(loaded: Loaded) -> tuple[Loaded, str]:
     used = [i for i, name in enumerate(loaded.classes.names) if name is not None]
-    rows = [*used, len(loaded.classes)]  # the no-object row stays last
-    state = dict(loaded.state_dict)
-    for key in ("class_embed.weight", "class_embed.bias"):
-        state[key] = state[key][rows].clone()
+    state = loaded.state_dict | class_rows.pick(loaded.state_dict, used, len(loaded.classes))
     names = tuple(loaded.classes.names[i] for i in used)
     ids = tuple(loaded.classes.category_ids[i] for i in used)
     line = f"class head: cut from {len(loaded.classes)} labels to the {len(used)} that a category uses"
@@ -270,13 +286,17 @@ def _write_ours(loaded: Loaded, path: Path) -> list[str]:
 
 def _write_official(loaded: Loaded, path: Path) -> list[str]:
     told = loaded.recipe.model
+    if told.name == "rtdetr":
+        content, lines = rtdetr_official.content(loaded)
+        torch.save(content, path)
+        return lines
     resnet = architecture.name_resnet(loaded.state_dict)
     if resnet is None or resnet.split(".")[0] != told.backbone.name.split(".")[0]:
         raise UserError(
             f"the official DETR has torchvision's ResNets only, not {told.backbone.name}: this detector can be kept in "
             "our format or exported"
         )
-    content: dict[str, Any] = {"model": to_official(loaded.state_dict)}
+    content = {"model": to_official(loaded.state_dict)}
     lines = _counter_lines(loaded)
     if loaded.classes != coco_91() or told.backbone.dc5 or told.num_heads != 8:
         content[_EXTRA] = {"classes": loaded.classes.to_json(), "recipe": recipes.dumps(loaded.recipe)}
@@ -288,6 +308,8 @@ def _write_official(loaded: Loaded, path: Path) -> list[str]:
 
 
 def _write_transformers(loaded: Loaded, path: Path) -> list[str]:
+    if loaded.recipe.model.name == "rtdetr":
+        return rtdetr_folder.write(loaded, path)
     transformers_folder.write(loaded, path)
     return _counter_lines(loaded)
 

@@ -13,20 +13,21 @@ from detr_accel.models.attention import valid_keys
 from detr_accel.models.autocast import full_precision, no_autocast
 from detr_accel.models.backbone import Backbone
 from detr_accel.models.position import sine_positions
-from detr_accel.models.transformer import Transformer
+from detr_accel.models.transformer import ACTIVATIONS, Transformer
 from detr_accel.structures import UserError
 
 
 class Mlp(nn.Module):
-    """Linear layers with ReLU between: D_in -> dims[0] -> ... -> dims[-1]."""
+    """Linear layers with an activation between: D_in -> dims[0] -> ... -> dims[-1]."""
 
-    def __init__(self, dim_in: int, dims: list[int]):
+    def __init__(self, dim_in: int, dims: list[int], activation: str = "relu"):
         super().__init__()
+        self.activation = activation
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip([dim_in, *dims[:-1]], dims, strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
-            x = F.relu(layer(x), inplace=True)
+            x = ACTIVATIONS[self.activation](layer(x))
         return self.layers[-1](x)
 
 

@@ -36,7 +36,8 @@ class DecoderShape:
 
     Args:
         dim: D; num_points: sampling points of a head, for each level; query_pos_dims: widths of the net that makes a
-            query's position of its box; learned_queries: their contents are learned instead of taken from the image.
+            query's position of its box; mlp_activation: in that net and in the box heads; learned_queries: their
+            contents are learned instead of taken from the image.
         look_twice: a layer's box loss also reaches the layer before it, as in the original's training.
     """
 
@@ -49,6 +50,7 @@ class DecoderShape:
     num_points: tuple[int, ...] = (4, 4, 4)
     sampling: str = "bilinear"
     activation: str = "relu"
+    mlp_activation: str = "relu"
     query_pos_dims: tuple[int, ...] = (512, 256)
     learned_queries: bool = False
     look_twice: bool = True
@@ -103,12 +105,13 @@ class RTDETRDecoder(nn.Module):
             self.denoising_class_embed = nn.Embedding(num_classes + 1, dim, padding_idx=num_classes)
         if shape.learned_queries:
             self.tgt_embed = nn.Embedding(shape.num_queries, dim)
-        self.query_pos_head = Mlp(4, list(shape.query_pos_dims))
+        self.query_pos_head = Mlp(4, list(shape.query_pos_dims), shape.mlp_activation)
         self.enc_output = nn.ModuleDict({"proj": nn.Linear(dim, dim), "norm": nn.LayerNorm(dim)})
         self.enc_score_head = nn.Linear(dim, num_classes)
-        self.enc_bbox_head = Mlp(dim, [dim, dim, 4])
+        self.enc_bbox_head = Mlp(dim, [dim, dim, 4], shape.mlp_activation)
         self.dec_score_head = nn.ModuleList(nn.Linear(dim, num_classes) for _ in range(shape.num_layers))
-        self.dec_bbox_head = nn.ModuleList(Mlp(dim, [dim, dim, 4]) for _ in range(shape.num_layers))
+        heads = (Mlp(dim, [dim, dim, 4], shape.mlp_activation) for _ in range(shape.num_layers))
+        self.dec_bbox_head = nn.ModuleList(heads)
         self._init()
 
     @property

@@ -1,7 +1,9 @@
 """The names that four programs give to the same RT-DETR weights, both ways and without loss.
 
 Ours are those of the original's second version, which DEIM keeps, with timm's ResNet in the place of its own. The first
-version numbers what the second names; transformers has its own names, and two generations of them.
+version numbers what the second names; transformers has its own names, and two generations of them. Batch counters of
+the backbone are there exactly where its normalisation is live. What is computed from sizes alone (anchors, their mask,
+the points' scale) is left out on reading and made anew on writing.
 """
 
 from __future__ import annotations
@@ -11,16 +13,22 @@ from collections.abc import Sequence
 
 import torch
 
-from detr_accel.models.keymaps import StateDict, is_counter, strip_wrappers
+from detr_accel.models.keymaps import StateDict, strip_wrappers
 
 Rules = Sequence[tuple[str, str]]  # patterns, tried one after the other; each may apply
 
 _STAGE = r"backbone\.res_layers\.(\d+)\.blocks\.(\d+)\."
 _CONV_NORM = (  # where the first version has a sequence, the second has names
-    (r"^(encoder\.input_proj\.\d+|decoder\.input_proj\.\d+)\.0\.", r"\1.conv."),
-    (r"^(encoder\.input_proj\.\d+|decoder\.input_proj\.\d+)\.1\.", r"\1.norm."),
+    (r"^(encoder\.input_proj\.\d+)\.0\.", r"\1.conv."),
+    (r"^(encoder\.input_proj\.\d+)\.1\.", r"\1.norm."),
     (r"^decoder\.enc_output\.0\.", "decoder.enc_output.proj."),
     (r"^decoder\.enc_output\.1\.", "decoder.enc_output.norm."),
+)
+_TO_FIRST = (
+    (r"^(encoder\.input_proj\.\d+)\.conv\.", r"\1.0."),
+    (r"^(encoder\.input_proj\.\d+)\.norm\.", r"\1.1."),
+    (r"^decoder\.enc_output\.proj\.", "decoder.enc_output.0."),
+    (r"^decoder\.enc_output\.norm\.", "decoder.enc_output.1."),
 )
 _STEM = {"conv1_1": ("conv1.0", "conv1.1"), "conv1_2": ("conv1.3", "conv1.4"), "conv1_3": ("conv1.6", "bn1")}
 _BUFFERS = re.compile(r"(^|\.)(anchors|valid_mask|num_points_scale|n_points_scale|pos_embed\d*)$")  # computed anew
@@ -29,11 +37,28 @@ _IN_PROJ = re.compile(r"^(.+self_attn)\.in_proj_(weight|bias)$")
 
 
 def is_official(state: StateDict) -> bool:
+    """Whether these are the original's names, of either version, or DEIM's."""
     return any(".res_layers." in k for k in state) and any("dec_score_head." in k for k in state)
 
 
 def is_transformers(state: StateDict) -> bool:
+    """Whether these are transformers' names, of either version."""
     return any(strip_wrappers(k).startswith(("model.encoder_input_proj.", "model.enc_score_head.")) for k in state)
+
+
+def version_of(state: StateDict) -> int:
+    """1 or 2: which version's names official weights have."""
+    return 1 if any(re.search(r"(^|\.)input_proj\.0\.0\.weight$", k) for k in state) else 2
+
+
+def anchor_cells(state: StateDict) -> int | None:
+    """How many anchors lie beside official weights, None where there are none."""
+    return next((v.shape[1] for k, v in state.items() if k.endswith("decoder.anchors") and v.dim() == 3), None)
+
+
+def heads_stand_twice(state: StateDict) -> bool:
+    """Whether transformers' weights have their heads a second time, under shorter names."""
+    return any(strip_wrappers(k).startswith("class_embed.") for k in state)
 
 
 def from_official(state: StateDict) -> StateDict:
@@ -50,17 +75,13 @@ def from_official(state: StateDict) -> StateDict:
 
 
 def to_official(state: StateDict, version: int = 2) -> StateDict:
-    """Our names -> those of the original's first or second version; batch counters of frozen norms are not theirs."""
+    """Our names -> those of the original's first or second version (DEIM's are those of the second)."""
     theirs = {}
     for key, value in state.items():
-        if is_counter(key) and key.startswith("backbone."):
-            continue
         key = _stem_to(_block_to(key))
         if version == 1:
-            key = re.sub(r"^((?:en|de)coder\.input_proj\.\d+)\.conv\.", r"\1.0.", key)
-            key = re.sub(r"^((?:en|de)coder\.input_proj\.\d+)\.norm\.", r"\1.1.", key)
-            key = re.sub(r"^decoder\.enc_output\.proj\.", "decoder.enc_output.0.", key)
-            key = re.sub(r"^decoder\.enc_output\.norm\.", "decoder.enc_output.1.", key)
+            for pattern, replacement in _TO_FIRST:
+                key = re.sub(pattern, replacement, key)
         theirs[key] = value
     return theirs
 
@@ -174,12 +195,10 @@ def from_transformers(state: StateDict) -> StateDict:
     return ours
 
 
-def to_transformers(state: StateDict) -> StateDict:
-    """Our names -> transformers' on the Hub, whose heads stand there twice."""
+def to_transformers(state: StateDict, heads_twice: bool = False) -> StateDict:
+    """Our names -> transformers' on the Hub, where the heads of the published files stand twice."""
     theirs: StateDict = {}
     for key, value in state.items():
-        if is_counter(key) and key.startswith("backbone."):
-            continue
         key = _resnet_to(key)
         for pattern, replacement in _TO_TRANSFORMERS:
             key = re.sub(pattern, replacement, key)
@@ -188,7 +207,7 @@ def to_transformers(state: StateDict) -> StateDict:
                 theirs[f"{match[1]}.{letter}_proj.{match[2]}"] = rows.contiguous()
             continue
         theirs[key] = value
-        if key.startswith(("model.decoder.class_embed.", "model.decoder.bbox_embed.")):
+        if heads_twice and key.startswith(("model.decoder.class_embed.", "model.decoder.bbox_embed.")):
             theirs[key.removeprefix("model.decoder.")] = value.clone()
     return theirs
 

@@ -62,11 +62,11 @@ class DecoderLayer(nn.Module):
 
 def feed_forward(layer: nn.Module, x: Tensor) -> Tensor:
     """linear1, activation, dropout, linear2 of a layer: [..., D] -> [..., D]."""
-    hidden = _ACTIVATIONS[layer.activation](layer.linear1(x))
+    hidden = ACTIVATIONS[layer.activation](layer.linear1(x))
     return within_half(layer.linear2(F.dropout(hidden, layer.dropout, layer.training)))
 
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "relu": lambda x: F.relu(x, inplace=True), "silu": lambda x: F.silu(x, inplace=True), "gelu": F.gelu,
 }  # fmt: skip
 

@@ -1,4 +1,6 @@
-"""A DETR as transformers keeps it: ``model.safetensors``, ``config.json``, ``preprocessor_config.json``.
+"""A detector as transformers keeps it: ``model.safetensors``, ``config.json``, ``preprocessor_config.json``.
+
+A DETR here; an RT-DETR is handed to ``rtdetr_folder``.
 
 Read without transformers installed. The config as read travels in ``meta``, so that a detector goes back as it came.
 """
@@ -10,7 +12,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from detr_accel.models import architecture, weights
+from detr_accel.models import architecture, rtdetr_folder, weights
 from detr_accel.models.coco_classes import COCO_NAMES, NUM_LABELS, coco_91
 from detr_accel.models.keymaps import MASKED, from_transformers, is_counter, is_masked, to_transformers
 from detr_accel.models.weights import Loaded
@@ -25,9 +27,11 @@ _RESNET_PARTS = {"conv1", "bn1", "maxpool", "layer1", "layer2", "layer3", "layer
 def read(folder: Path) -> Loaded:
     """
     Raises:
-        UserError: not a DETR detector, a variant that ours is not, or damaged.
+        UserError: no detector of a known kind, a variant that ours is not, or damaged.
     """
     config = weights.read_json(folder / "config.json")
+    if isinstance(config, dict) and config.get("model_type") in rtdetr_folder.KINDS:
+        return rtdetr_folder.read(folder, config)
     _check_config(config, folder)
     if not (folder / weights.MODEL).is_file():
         raise UserError(f"{folder} has no {weights.MODEL}: only transformers folders with safetensors can be read")
@@ -77,7 +81,10 @@ def write(loaded: Loaded, folder: Path) -> None:
 def _check_config(config: Any, folder: Path) -> None:
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind != "detr":
-        raise UserError(f"{folder}/config.json describes {kind or 'no model'}, not detr: it cannot be converted")
+        known = ", ".join(("detr", *rtdetr_folder.KINDS))
+        raise UserError(
+            f"{folder}/config.json describes {kind or 'no model'}, not detr: it cannot be converted (known: {known})"
+        )
     resnet = config.get("backbone_config") or {}
     wanted = [
         (config, "position_embedding_type", "sine"),

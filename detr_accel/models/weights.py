@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from detr_accel import recipe as recipes
+from detr_accel.models.class_rows import num_labels
 from detr_accel.models.keymaps import StateDict, strip_wrappers
 from detr_accel.structures import Classes, UserError
 
@@ -245,11 +246,13 @@ def read_safetensors(path: Path) -> StateDict:
 
 def check_head(state: StateDict, classes: Classes, where: str | Path) -> None:
     """Refuse a class table that does not belong to the class head."""
-    head = state.get("class_embed.bias")
-    if head is not None and len(head) != len(classes) + 1:
+    labels = num_labels(state)
+    if labels is not None and labels != len(classes):
+        detr = "class_embed.bias" in state
+        outputs = f"{labels + 1} outputs ({labels} labels and no-object)" if detr else f"{labels} outputs"
         raise UserError(
-            f"{where}: the class table names {len(classes)} labels, but the head has {len(head)} outputs "
-            f"({len(head) - 1} labels and no-object): they are from different models"
+            f"{where}: the class table names {len(classes)} labels, but the head has {outputs}: they are from "
+            "different models"
         )
 
 
@@ -305,6 +308,17 @@ def _read_split(folder: Path) -> dict[str, Any] | None:
     if not all(isinstance(ids, list) and all(type(i) is int for i in ids) for ids in parts):
         raise UserError(f"{path} is no saved split (a seed, and the image ids of train and val): {_REMEDY}")
     return split
+
+
+def read_extra(extra: Any, where: str) -> tuple[recipes.Recipe, Classes]:
+    """Recipe and class table out of a .pth's own entry, ``where``.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if not isinstance(extra, dict) or not isinstance(extra.get("recipe"), str):
+        raise UserError(f"{where} is damaged (a recipe and a class table belong there)")
+    return recipes.loads(extra["recipe"], where), classes_from(extra.get("classes"), where)
 
 
 def read_json(path: Path) -> Any:

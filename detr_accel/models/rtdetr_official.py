@@ -1,0 +1,163 @@
+"""RT-DETR's own ``.pth``, of both versions, and DEIM's: read, and written back as it came.
+
+The weights go there and back unchanged, bit for bit. What such a file has beside them is computed from sizes alone and
+is made anew on writing, so that the original's strict loading finds it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from detr_accel import recipe as recipes
+from detr_accel.models import rtdetr_architecture, weights
+from detr_accel.models import rtdetr_keymaps as keymaps
+from detr_accel.models.class_rows import num_labels
+from detr_accel.models.coco_classes import coco_80
+from detr_accel.models.keymaps import StateDict
+from detr_accel.models.rtdetr_architecture import NAMES, PUBLISHED_QUERIES, PUBLISHED_SIDE, Told
+from detr_accel.models.weights import Loaded
+from detr_accel.structures import Classes, UserError
+
+EXTRA = "detr_accel"  # the entry of a .pth that holds what the official format has no place for
+_STRIDES = (8, 16, 32)
+
+
+def is_official(state: StateDict) -> bool:
+    """Whether these are the original's names, of either version."""
+    return keymaps.is_official(state)
+
+
+def read(raw: StateDict, extra: Any, path: Path, place: str, num_heads: int | None) -> Loaded:
+    """
+    Args:
+        raw: under the file's names.
+        extra: the file's entry ``detr_accel``, or None.
+        place: of the weights in the file: ``ema.module``, ``model`` or nothing.
+        num_heads: where the file cannot tell.
+    Raises:
+        UserError: no RT-DETR, or sizes that do not fit together.
+    """
+    state, version = keymaps.from_official(raw), keymaps.version_of(raw)
+    scale = next((v for k, v in raw.items() if k.endswith("num_points_scale")), None)
+    points = None if scale is None else rtdetr_architecture.points_of(scale)
+    told = Told(num_points=points, num_heads=None if points else num_heads)
+    meta = {"weights": "ema" if place == "ema.module" else "raw", "source": path.name, "format": "official"}
+    meta |= {"version": version, "place": place}
+    if cells := keymaps.anchor_cells(raw):
+        meta["anchors_side_px"] = _side_of(cells)
+        told = replace(told, side_px=meta["anchors_side_px"])
+    report = [f"{path.name}: RT-DETR's key names, version {version}, {len(state)} tensors"]
+    if place == "ema.module":
+        report.append("weights: the averaged ones (ema.module)")
+    if extra:
+        recipe, classes = weights.read_extra(extra, f"{path}: entry {EXTRA}")
+        report.append(f"class table and recipe: as kept in the file's entry {EXTRA}")
+    else:
+        recipe = rtdetr_architecture.infer(state, path.stem, path, told)
+        classes = _assumed_classes(num_labels(state) or 0, report)
+        report += _assumed_lines(recipe.model, points is None and num_heads is None)
+    weights.check_head(state, classes, path)
+    return Loaded(state, recipe, classes, meta, path, report)
+
+
+def content(loaded: Loaded) -> tuple[dict[str, Any], list[str]]:
+    """What ``torch.save`` is to write, and lines to print.
+
+    Raises:
+        UserError: the original does not have this detector.
+    """
+    model = loaded.recipe.model
+    _check_backbone(loaded)
+    version = loaded.meta.get("version", 2)
+    theirs = keymaps.to_official(loaded.state_dict, version)
+    lines = [f"key names: those of RT-DETR's version {version}" + (", which DEIM has too" if version == 2 else "")]
+    if version == 2:
+        side = loaded.meta.get("anchors_side_px", PUBLISHED_SIDE)
+        theirs |= _buffers(model, side)
+        lines.append(f"anchors: for images of {side} x {side}, which must be eval_spatial_size there")
+    place = loaded.meta.get("place", "model")
+    found: dict[str, Any] = {"ema": {"module": theirs}} if place == "ema.module" else {"model": theirs}
+    found = found if place else theirs
+    told = Told(num_points=tuple(model.rtdetr.num_points) if version == 2 else None)
+    if loaded.classes != coco_80() or _inferred(loaded, told) != model:
+        found = found if place else {"model": theirs}
+        found[EXTRA] = {"classes": loaded.classes.to_json(), "recipe": recipes.dumps(loaded.recipe)}
+        lines.append(f"class table and recipe: kept in the entry {EXTRA}, which the official code does not read")
+    return found, lines
+
+
+def _inferred(loaded: Loaded, told: Told) -> recipes.Model | None:
+    try:
+        return rtdetr_architecture.infer(loaded.state_dict, "x", "x", told).model
+    except UserError:
+        return None
+
+
+def _check_backbone(loaded: Loaded) -> None:
+    backbone = loaded.recipe.model.backbone
+    named = rtdetr_architecture.name_resnet(loaded.state_dict)
+    base = backbone.name.split(".")[0]
+    if named is None or named.split(".")[0] != base or base not in NAMES.values():
+        raise UserError(
+            f"the original RT-DETR has {', '.join(NAMES.values())} only, not {backbone.name}: this detector can be "
+            "kept in our format or exported"
+        )
+    if base in (NAMES[18], NAMES[34]) and not rtdetr_architecture.has_first_shortcut(loaded.state_dict):
+        raise UserError(
+            f"the original's {base} has a convolution in its first shortcut and this one has none: train with "
+            "model.backbone.first_shortcut=true, or keep this detector in our format"
+        )
+
+
+def _assumed_classes(num: int, report: list[str]) -> Classes:
+    if num == len(coco_80()):
+        report.append("class table: COCO's 80 names in the order of their category ids, as in the published models")
+        return coco_80()
+    report.append(f"class table: the file has none; its {num} labels are called category 0, category 1, ...")
+    return Classes(tuple(f"category {i}" for i in range(num)), tuple(range(num)))
+
+
+def _assumed_lines(model: recipes.Model, heads_assumed: bool) -> list[str]:
+    r = model.rtdetr
+    lines = [
+        f"architecture: {model.backbone.name}, encoder {r.encoder_dim} wide, {model.num_encoder_layers} + "
+        f"{model.num_decoder_layers} layers, decoder {model.hidden_dim} wide, activation {r.activation}",
+        "pixels: taken as 0..1 without mean and deviation, as the original has them",
+    ]
+    if not r.learned_queries:
+        lines.append(f"num_queries: the weights do not show it; taken as {PUBLISHED_QUERIES}")
+    if heads_assumed:
+        points = ", ".join(map(str, r.num_points))
+        lines.append(f"num_heads: the weights do not show it; taken as {model.num_heads}, with points {points}")
+    return lines
+
+
+def _side_of(cells: int) -> int:
+    """The side of a square image whose maps have so many cells."""
+    return round(math.sqrt(cells / sum(1 / s**2 for s in _STRIDES)))
+
+
+def _buffers(model: recipes.Model, side: int) -> StateDict:
+    """anchors float32 [1, N, 4], valid_mask bool [1, N, 1] and, of each decoder layer, num_points_scale [P]."""
+    rows = []
+    for level, stride in enumerate(_strides(len(model.rtdetr.num_points))):
+        n = int(side / stride)
+        y, x = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
+        centre = (torch.stack((x, y), -1).flatten(0, 1) + 0.5) / torch.tensor([n, n], dtype=torch.float32)
+        rows.append(torch.cat((centre, torch.full_like(centre, 0.05 * 2.0**level)), -1))
+    boxes = torch.cat(rows)[None]
+    valid = ((boxes > 0.01) & (boxes < 0.99)).all(-1, keepdim=True)
+    anchors = torch.where(valid, torch.log(boxes / (1 - boxes)), torch.inf)
+    scale = torch.tensor([1 / n for n in model.rtdetr.num_points for _ in range(n)], dtype=torch.float32)
+    layers = range(model.num_decoder_layers)
+    scales = {f"decoder.decoder.layers.{i}.cross_attn.num_points_scale": scale.clone() for i in layers}
+    return {"decoder.anchors": anchors, "decoder.valid_mask": valid} | scales
+
+
+def _strides(num_levels: int) -> list[int]:
+    return [_STRIDES[-1] >> i for i in range(num_levels)][::-1]
