@@ -39,7 +39,7 @@ def detections(
         scores = logits.sigmoid().flatten(1)  # [B, Q * C]
         num = min(max_detections, scores.shape[1])
         # stable, unlike topk: equal scores must not depend on the size of the batch
-        scores, place = (t[:, :num] for t in scores.sort(1, descending=True, stable=True))
+        scores, place = (t[:, :num] for t in scores.sort(dim=1, descending=True, stable=True))
         queries, labels = place // logits.shape[-1], place % logits.shape[-1]
     boxes = cxcywh_to_xyxy(boxes).gather(1, queries[..., None].expand(-1, -1, 4))
     host = torch.cat((scores[..., None], labels[..., None].to(scores.dtype), boxes), -1).cpu().numpy()

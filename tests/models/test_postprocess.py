@@ -35,3 +35,34 @@ def test_more_detections_than_queries_may_be_asked_for():
     outputs = {"pred_logits": torch.zeros(1, 2, 3), "pred_boxes": torch.rand(1, 2, 4)}
     (found,) = postprocess.detections(outputs, [0], torch.tensor([[10, 10]]), 100)
     assert len(found.scores) == 2
+
+
+def independent(logits, boxes, most):
+    (found,) = postprocess.detections(
+        {"pred_logits": logits, "pred_boxes": boxes}, [0], torch.tensor([[100, 200]]), most, has_background=False
+    )
+    return found
+
+
+def test_of_independent_classes_a_query_may_say_several():
+    logits = torch.tensor([[[2.0, 1.0, -9.0], [0.5, 3.0, -9.0]]])
+    boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.4], [0.25, 0.5, 0.5, 1.0]]])
+    found = independent(logits, boxes, 4)
+    np.testing.assert_allclose(found.scores, torch.tensor([3.0, 2.0, 1.0, 0.5]).sigmoid(), rtol=1e-6)
+    assert found.labels.tolist() == [1, 0, 1, 0]
+    expected = [[0, 0, 100, 100], [80, 30, 120, 70], [80, 30, 120, 70], [0, 0, 100, 100]]
+    np.testing.assert_allclose(found.boxes_xyxy_px, expected, rtol=1e-5, atol=1e-4)
+    assert len(independent(logits, boxes, 100).scores) == 6, "no more than queries times classes"
+
+
+def test_equal_scores_of_independent_classes_keep_their_order_whatever_the_batch():
+    """Law 5's ties: by query, then by class."""
+    logits, boxes = torch.zeros(1, 50, 4), torch.rand(1, 50, 4, generator=torch.Generator().manual_seed(0))
+    logits[0, 7, 2] = 1.0
+    found = independent(logits, boxes, 9)
+    assert found.labels.tolist() == [2, 0, 1, 2, 3, 0, 1, 2, 3]
+    others = {"pred_logits": logits.expand(5, -1, -1), "pred_boxes": boxes.expand(5, -1, -1)}
+    many = postprocess.detections(others, list(range(5)), torch.tensor([[100, 200]] * 5), 9, has_background=False)
+    for one in many:
+        np.testing.assert_array_equal(one.boxes_xyxy_px, found.boxes_xyxy_px)
+        np.testing.assert_array_equal(one.labels, found.labels)
