@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,14 @@ from detr_accel.train.replay_report import place
 
 
 def load(name: str):
-    spec = importlib.util.spec_from_file_location(f"{name}_rtdetr", Path(__file__).with_name(f"{name}.py"))
+    spec = importlib.util.spec_from_file_location(f"{Path(name).name}_rtdetr", Path(__file__).parent / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-inject, injected = load("injecting"), load("injected")
+inject, injected, launcher = load("injecting"), load("injected"), load("../integration/runs")
+SHARDED = Path(__file__).parents[1] / "integration" / "sharded_eval.py"
 AT = 3  # of six windows, counted from 0
 KINDS = ["denoising", "gradient", "weight"]
 
@@ -41,7 +43,10 @@ def scenarios(processes: int) -> list[dict]:
 
 @pytest.fixture(scope="module", params=[1, 2])
 def runs(request, tmp_path_factory):
-    return inject.launch(tmp_path_factory.mktemp(f"rtdetr{request.param}"), request.param, scenarios(request.param))
+    folder = inject.launch(tmp_path_factory.mktemp(f"rtdetr{request.param}"), request.param, scenarios(request.param))
+    if request.param == 1:
+        (folder / "clean-of-one").touch()
+    return folder
 
 
 @pytest.mark.law2
@@ -77,6 +82,31 @@ def test_running_statistics_and_their_average_are_kept(runs):
     names = {n for n in inject.weights(runs / "clean") if n.endswith("running_var")}
     assert any(n.startswith("model/encoder.fpn_blocks") for n in names), "in the average"
     assert any(n.startswith("raw/encoder.fpn_blocks") for n in names) and any("backbone" in n for n in names)
+
+
+@pytest.mark.law5
+@pytest.mark.parametrize("tied", [False, True])
+def test_one_process_and_two_give_one_metric_ties_included(runs, tmp_path, tied):
+    """``tied``: every query says the same of each class, so that the order decides everything."""
+    if not (runs / "clean-of-one").exists():
+        pytest.skip("once is enough")
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(runs / "clean" / "checkpoints" / "last", checkpoint)
+    if tied:
+        tensors = inject.load_file(checkpoint / "model.safetensors")
+        tensors["decoder.dec_score_head.1.weight"].zero_()
+        replay_with(checkpoint / "model.safetensors", tensors)
+    launcher.coco_folder(tmp_path / "set", 2, 7)
+    arguments = [str(checkpoint), str(tmp_path / "set")]
+    for n in (1, 2):
+        done = launcher.launch_script(SHARDED, n, *arguments, str(tmp_path / str(n)))
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, *two = (json.loads((tmp_path / name).read_text()) for name in ("1.0", "2.0", "2.1"))
+    assert [r["processes"] for r in two] == [2, 2]
+    for result in two:
+        assert result["whole"] == one["whole"]
+        assert result["losses"] == pytest.approx(one["losses"], rel=1e-6)
+    assert one["whole"]["num_detections"] > 0
 
 
 @pytest.mark.law9
