@@ -2,7 +2,7 @@
 
     python benchmarks/plan_check.py --out benchmarks/results/plan_check.json
 
-Three detectors at three sizes, float32 on the CPU, one window of two micro-batches, square canvases, as many boxes an
+Four detectors at three sizes, float32 on the CPU, one window of two micro-batches, square canvases, as many boxes an
 image as there are queries, random weights (the plan needs none): the window, clipping, AdamW's step and the average, as
 the loop runs them; evaluation is left out on both sides. "Measured" is the highest running total of the allocator's
 events (``profile_memory=True``, from before the model is built). "Resident" is the operating system's high-water mark
@@ -133,6 +133,10 @@ RECIPES = {
         ["model.backbone.name=tf_efficientnet_lite0", "model.backbone.weights=none", "ema.enabled=true"],
     ),
     "DETR-R101": ("detr_r101_coco", (320, 480, 640), []),
+    "RT-DETR-R50": (
+        "detr_r101_coco", (320, 480, 640),
+        ["model.name=rtdetr", "model.backbone.name=resnet50d.ra2_in1k", "ema.enabled=true"],
+    ),
 }  # fmt: skip
 
 

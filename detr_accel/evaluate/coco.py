@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -39,6 +40,7 @@ class Metrics:
     max_detections: int
     backend: str  # name and version
     kept: dict[int, Detections] = field(default_factory=dict)  # image id -> detections that the caller asked to keep
+    out_of_reach: int = 0  # of the boxes to find: those beyond max_detections in their image
     lost: dict[int, str] = field(default_factory=dict)  # image id -> why it could not be read; these count nowhere
 
     def to_json(self) -> dict:
@@ -52,6 +54,7 @@ class Metrics:
             "num_detections": self.num_detections,
             "num_not_finite": self.num_not_finite,
             "max_detections": self.max_detections,
+            "out_of_reach": self.out_of_reach,
             "backend": self.backend,
         }
 
@@ -68,6 +71,11 @@ class Metrics:
         rows += self._class_rows(num_classes)
         if self.threshold is not None:
             rows.append(f"best F1 {_percent(self.f1)} at score {self.threshold:.3f} (IoU 0.5)")
+        if self.out_of_reach:
+            rows.append(
+                f"{self.out_of_reach} of {sum(self.num_objects.values())} objects cannot be found: their images hold "
+                f"more than evaluate.max_detections, which is {self.max_detections} (COCO's own figures are at 100)"
+            )
         if self.num_not_finite:
             rows.append(f"{self.num_not_finite} detections were not finite and are left out")
         rows.append(f"{self.num_detections} detections in {self.num_images} images, scored by {self.backend}")
@@ -134,8 +142,15 @@ def score(
         num_detections=len(rows),
         num_not_finite=num_not_finite,
         max_detections=max_detections,
+        out_of_reach=_out_of_reach(truth["annotations"], max_detections),
         backend=f"{backend} {metadata.version(backend)}",
     )
+
+
+def _out_of_reach(annotations: list[dict], max_detections: int) -> int:
+    """How many boxes no list of so many detections an image can hold."""
+    sizes = Counter(a["image_id"] for a in annotations if not a["iscrowd"])
+    return sum(max(0, size - max_detections) for size in sizes.values())
 
 
 def _images_by_id(ground_truth: dict) -> list[dict]:

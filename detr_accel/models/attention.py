@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -56,3 +58,22 @@ def valid_keys(mask: Tensor) -> Tensor:
     """
     valid = ~mask
     return (valid | ~valid.any(-1, keepdim=True))[:, None, None, :]
+
+
+def shrink_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """The padding of a feature map: a cell is padding where its first pixel is.
+
+    As many cells are image as the image has on a canvas of its own. Taking the nearest pixel instead makes it one more
+    or less, depending on how wide the canvas is.
+
+    Args:
+        mask: bool [B, H, W], True = padding.
+        size: (h, w) of the map.
+    Returns:
+        bool [B, h, w]
+    """
+    strides = [2 ** round(math.log2(long / short)) for long, short in zip(mask.shape[1:], size, strict=True)]
+    small = mask[:, :: strides[0], :: strides[1]]
+    if small.shape[1:] == torch.Size(size):
+        return small
+    return F.interpolate(mask[None].float(), size=size)[0].bool()  # a stride that is no power of two

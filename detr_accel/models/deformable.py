@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from detr_accel.models.attention import shrink_mask
 from detr_accel.models.autocast import full_precision, no_autocast, within_half
 
 
@@ -45,8 +46,9 @@ def levels_of(maps: Sequence[Tensor], mask: Tensor) -> Levels:
     sizes = tuple((m.shape[-2], m.shape[-1]) for m in maps)
     if not mask.numel():
         return Levels(sizes)
-    small = [~F.interpolate(mask[None].float(), size=size)[0].bool() for size in sizes]  # nearest
-    extent = [torch.stack((v[:, 0].sum(1) / v.shape[2], v[:, :, 0].sum(1) / v.shape[1]), -1) for v in small]  # [B, 2]
+    small = [~shrink_mask(mask, size) for size in sizes]
+    dtype = torch.promote_types(maps[0].dtype, torch.float32)
+    extent = [torch.stack((v[:, 0].to(dtype).mean(1), v[:, :, 0].to(dtype).mean(1)), -1) for v in small]  # [B, 2]
     return Levels(sizes, torch.cat([v.flatten(1) for v in small], 1), torch.stack(extent, 1))
 
 
@@ -124,23 +126,24 @@ class DeformableAttention(nn.Module):
         out = out.unflatten(0, (len(query), -1)).flatten(1, 2).transpose(1, 2)  # [B, Q, D]
         return within_half(self.output_proj(out.to(query.dtype)))
 
-    def _places(self, offsets: Tensor, reference_boxes: Tensor, levels: Levels) -> Tensor:
-        """Where to look, [B, Q, H, P, 2] as (x, y) in 0..1 of the canvas."""
-        scale = [self.offset_scale / n for n in self.num_points for _ in range(n)]
-        scale = torch.tensor(scale, dtype=offsets.dtype, device=offsets.device)[:, None]  # [P, 1]
-        offsets = offsets.unflatten(-1, (self.num_heads, -1, 2))
-        boxes = reference_boxes.to(offsets.dtype)[:, :, None, None]
-        places = boxes[..., :2] + offsets * scale * boxes[..., 2:]
+    def _places(self, offsets: Tensor, reference_boxes: Tensor, levels: Levels) -> list[Tensor]:
+        """Where to look in each level, [B, Q, H, p, 2] as (x, y) in 0..1 of the canvas."""
+        offsets = offsets.unflatten(-1, (self.num_heads, -1, 2)).split(self.num_points, 3)
+        boxes = reference_boxes.to(offsets[0].dtype)[:, :, None, None]
+        # a number per level, not a tensor of them: making one on a GPU would wait for everything before it
+        places = [
+            boxes[..., :2] + part * (self.offset_scale / n) * boxes[..., 2:]
+            for part, n in zip(offsets, self.num_points, strict=True)
+        ]
         if levels.ratios is None:
             return places
-        counts = torch.tensor(self.num_points, device=places.device)
-        ratios = levels.ratios.to(places.dtype).repeat_interleave(counts, 1, output_size=sum(self.num_points))
-        return places * ratios[:, None, None]
+        ratios = levels.ratios.to(places[0].dtype)[:, :, None, None, None]  # [B, L, 1, 1, 1, 2]
+        return [place * ratios[:, i] for i, place in enumerate(places)]
 
-    def _sample(self, value: Tensor, places: Tensor, levels: Levels) -> Tensor:
-        """value [B, N, H, D/H], places [B, Q, H, P, 2] -> [B*H, D/H, Q, P]."""
+    def _sample(self, value: Tensor, places: list[Tensor], levels: Levels) -> Tensor:
+        """value [B, N, H, D/H], places of each level [B, Q, H, p, 2] -> [B*H, D/H, Q, P]."""
         maps = value.permute(0, 2, 3, 1).flatten(0, 1).split(levels.lengths, -1)  # each [B*H, D/H, h*w]
-        places = places.transpose(1, 2).flatten(0, 1).split(self.num_points, 2)  # each [B*H, Q, p, 2]
+        places = [place.transpose(1, 2).flatten(0, 1) for place in places]  # each [B*H, Q, p, 2]
         take = _nearest if self.sampling == "discrete" else _bilinear
         pairs = zip(maps, places, levels.sizes, strict=True)
         return torch.cat([take(m.unflatten(-1, size), place) for m, place, size in pairs], -1)
@@ -152,7 +155,8 @@ def _bilinear(features: Tensor, places: Tensor) -> Tensor:
 
 
 def _nearest(features: Tensor, places: Tensor) -> Tensor:
-    """As ``_bilinear``, one cell each; a place outside takes the border's."""
+    """As ``_bilinear``, one cell each; a place outside takes the border's: the canvas's, which is padding where there
+    is any."""
     h, w = features.shape[-2:]
     x = (places[..., 0] * w + 0.5).to(torch.int64).clamp(0, w - 1)
     y = (places[..., 1] * h + 0.5).to(torch.int64).clamp(0, h - 1)

@@ -112,7 +112,7 @@ class Noise:
         num, slots, shape = len(target.labels), size.num_slots, (size.num_groups, 2, size.num_slots)
         boxes = np.zeros((slots, 4), _dtype(target.boxes_cxcywh))
         labels = np.full(slots, num_classes, np.int64)
-        boxes[:num], labels[:num] = target.boxes_cxcywh.numpy(), target.labels.numpy()
+        boxes[:num], labels[:num] = np.from_dlpack(target.boxes_cxcywh), np.from_dlpack(target.labels)
         wrong = generator.random(shape) < self.label / 2
         other = generator.integers(0, num_classes, shape)
         far = generator.random((*shape, 4)) + np.array([0.0, 1.0])[:, None, None]  # [G, 2, M, 4]

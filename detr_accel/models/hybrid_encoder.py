@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from detr_accel.models.attention import valid_keys
+from detr_accel.models.attention import shrink_mask, valid_keys
 from detr_accel.models.autocast import no_autocast
 from detr_accel.models.position import grid_positions
 from detr_accel.models.transformer import Encoder, EncoderLayer
@@ -29,7 +29,21 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.conv(x))
+        if len(x) == 1 and x.requires_grad and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            x.register_hook(_as_of_several)
         return F.silu(x, inplace=True) if self.activate else x
+
+
+def _as_of_several(gradient: Tensor) -> Tensor:
+    """A single image's gradient [1, C, h, w] with the strides that it would have among others.
+
+    torch 2.14's BatchNorm on the CPU reads a gradient whose batch stride is shorter than an image in the wrong order,
+    where its input is of the other memory format: silently wrong gradients, of batches of one alone.
+    """
+    if gradient.stride(0) >= gradient.numel():
+        return gradient
+    last = gradient.is_contiguous(memory_format=torch.channels_last)
+    return gradient.clone(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 class RepVgg(nn.Module):
@@ -125,7 +139,7 @@ class HybridEncoder(nn.Module):
         tokens = features.flatten(2).transpose(1, 2)  # [B, h*w, D]
         key_valid = None
         if mask.numel():
-            key_valid = valid_keys(F.interpolate(mask[None].float(), size=size)[0].bool().flatten(1))
+            key_valid = valid_keys(shrink_mask(mask, size).flatten(1))
         with no_autocast(features.device):
             pos = grid_positions(*size, tokens.shape[-1], tokens.device).to(tokens.dtype)
         tokens = self.encoder[0](tokens, pos[None], key_valid)

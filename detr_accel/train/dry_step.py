@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from detr_accel import data, models
+from detr_accel.models.denoising import DenoisingQueries, DenoisingSize, Noise
 from detr_accel.models.matcher import Matcher, Matching
 from detr_accel.recipe import Recipe
 from detr_accel.structures import Batch, Targets, UserError
@@ -150,7 +151,7 @@ class _DryStep:
             targets = _targets(micro, demands)
         with live.new("activations/heads_and_losses"):
             batch = Batch(images, mask, targets, tuple(range(micro)))
-            denoising = self.criterion.disturb(batch, demands.most_boxes, seed=0)
+            denoising = _denoising(self.criterion.noise, micro, demands.most_boxes)
             with self._autocast():
                 outputs, denoising = forward(model.train(), batch, denoising)
             if self.layout.precision != "no":
@@ -221,6 +222,15 @@ def _targets(count: int, demands: data.Demands) -> list[Targets]:
     return [
         Targets(i, torch.zeros(most, dtype=torch.int64), torch.zeros(most, 4), size, size) for i in range(count)
     ]  # fmt: skip
+
+
+def _denoising(noise: Noise | None, count: int, most: int) -> DenoisingQueries | None:
+    """Of the right size: making real ones would look at values that are not there."""
+    size = None if noise is None else DenoisingSize.of(most, noise.num_denoising)
+    if size is None:
+        return None
+    labels = torch.zeros(count, size.num_queries, dtype=torch.int64)
+    return DenoisingQueries(labels, torch.zeros(count, size.num_queries, 4), size)
 
 
 def _to_float32(outputs):

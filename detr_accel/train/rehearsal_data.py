@@ -26,7 +26,7 @@ def check(recipe: Recipe, splits: data.Splits, accelerator: Accelerator, seconds
     """
     train, val = data.in_any_order(recipe, splits.train), splits.val
     findings = [] if not accelerator.is_local_main_process else [
-        *look.boxes(train), *look.boxes(val), *look.classes(train, val), *_queries(recipe, train),
+        *look.boxes(train), *look.boxes(val), *look.classes(train, val), *_queries(recipe, train, val),
     ]  # fmt: skip
     _stop_at(findings)
     findings += _queues(recipe, splits, accelerator)
@@ -61,12 +61,17 @@ def _stop_at(findings: list[look.Finding]) -> None:
             raise UserError(f"{f.text}; {f.remedy}")
 
 
-def _queries(recipe: Recipe, train: data.Source) -> list[look.Finding]:
-    most = train.most_boxes()
-    if most <= recipe.model.num_queries:
-        return []
-    text = f"an image has {most} boxes and model.num_queries is {recipe.model.num_queries}: some cannot be found"
-    return [look.Finding(text, "raise model.num_queries where the weights allow it")]
+def _queries(recipe: Recipe, train: data.Source, val: data.Source) -> list[look.Finding]:
+    most, seen = train.most_boxes(), val.most_boxes()
+    queries, reported = recipe.model.num_queries, recipe.evaluate.max_detections
+    findings = []
+    if most > queries:
+        text = f"an image has {most} boxes and model.num_queries is {queries}: some cannot be found"
+        findings.append(look.Finding(text, "raise model.num_queries where the weights allow it"))
+    if seen > reported:
+        text = f"a validation image has {seen} boxes and evaluate.max_detections is {reported}: AP misses the rest"
+        findings.append(look.Finding(text, "raise evaluate.max_detections (COCO's own figures are at 100)"))
+    return findings
 
 
 def _queues(recipe: Recipe, splits: data.Splits, accelerator: Accelerator) -> list[look.Finding]:

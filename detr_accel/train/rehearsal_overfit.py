@@ -41,7 +41,9 @@ FOUND = 0.9  # share of the boxes: then it is enough
 CHECK_EVERY = 20
 SCORE, IOU = 0.5, 0.5
 FELL = 0.1  # share by which each loss term must fall where the time does not suffice to find the boxes
-LOW = {"loss_ce": 0.3, "loss_bbox": 0.1, "loss_giou": 0.3}  # as good as learned: nothing left to fall
+LOW = {"loss_bbox": 0.1, "loss_giou": 0.3}  # as good as learned: nothing left to fall
+# the loss of independent classes asks for more the better boxes fit, and may rise; there the wrong ones are counted
+LOW_OF_CLASSES = {True: {"loss_ce": 0.3}, False: {"class_error": 20.0}}
 SOME_STEPS, ENOUGH_STEPS = 30, 100  # fewer say nothing about the whole loss, and about each of its terms
 PROBED = 3  # steps after which every part must have moved
 
@@ -119,6 +121,9 @@ def _dropout_off(model: nn.Module) -> None:
             module.p = 0.0
 
 
+_WHOLES = ("transformer", "encoder", "decoder")
+
+
 class _Run:
     def __init__(self, built: Parts, source: data.Source, indices: list[int], cuts: list[Batch]) -> None:
         self.built, self.source, self.indices, self.cuts = built, source, indices, cuts
@@ -127,6 +132,7 @@ class _Run:
         self.losses: list[dict[str, float]] = []
         self.before = {name: p.detach().clone() for name, p in built.bare.named_parameters()}
         self.norms: dict[str, float] = {}
+        self.low = LOW_OF_CLASSES[built.criterion.class_loss.background] | LOW
         self.all_share = len(indices) >= built.accelerator.num_processes
 
     @property
@@ -155,12 +161,12 @@ class _Run:
                 self.norms[part] = max(self.norms.get(part, 0.0), norm)
 
     def _parts(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """class_embed, bbox_embed, query_embed, input_proj, transformer.encoder, transformer.decoder; the backbone
-        where it is meant to train."""
+        """class_embed, bbox_embed, query_embed, input_proj, transformer.encoder, transformer.decoder, or the modules
+        right inside RT-DETR's encoder and decoder; the backbone where it is meant to train."""
         found: dict[str, list[tuple[str, nn.Parameter]]] = {}
         for name, p in self.built.bare.named_parameters():
             top, _, rest = name.partition(".")
-            part = f"{top}.{rest.partition('.')[0]}" if top == "transformer" else top
+            part = f"{top}.{rest.partition('.')[0]}" if top in _WHOLES else top
             if part != "backbone" or p.requires_grad:
                 found.setdefault(part, []).append((name, p))
         return found
@@ -176,13 +182,14 @@ class _Run:
             remedy = "set it: DETR has optim.lr 1e-4 and optim.lr_backbone 1e-5"
             raise Trouble("overfit", f"the learning rate of {' and '.join(still)} is 0, so nothing is learned", remedy)
         group_of = {n: group for group, rows in self.built.groups.items() for n, _ in rows}
+        kind = self.built.criterion.class_loss.name
         for part, parameters in self._parts().items():
             moved = any(not torch.equal(p.detach(), self.before[n]) for n, p in parameters)
             group = next((group_of[n] for n, _ in parameters if n in group_of), None)
             if group is None:
                 text, remedy = "none of its weights is trained (requires_grad)", "no recipe key does it: mend the code"
             elif self.norms.get(part, 0.0) == 0:
-                text, remedy = "its gradient is 0", "look at loss.ce, loss.bbox and loss.giou, then at the code"
+                text, remedy = "its gradient is 0", f"look at loss.{kind}, loss.bbox and loss.giou, then at the code"
             elif not moved:
                 text, remedy = f"its weights did not move in {PROBED} steps at {rates[group]:.3g}", "raise optim.lr"
             else:
@@ -219,7 +226,7 @@ class _Run:
             Trouble: a term of the loss does not fall.
         """
         falls = {}
-        for name in LOW:
+        for name in self.low:
             first = self.losses[0][name]
             last = median(row[name] for row in self.losses[-5:])
             falls[name] = (first, last)
@@ -252,10 +259,11 @@ class _Run:
         totals = [row["loss"] for row in self.losses]
         if self.steps >= SOME_STEPS and not median(totals[-5:]) < totals[0]:
             return f"the loss went from {totals[0]:.4g} to {median(totals[-5:]):.4g}"
-        weights = self.built.criterion.weights
+        criterion = self.built.criterion
+        weights = criterion.weights | {"class_error": criterion.weights[criterion.class_loss.name]}
         named = [
             name for name, (first, last) in falls.items()
-            if weights[name.removeprefix("loss_")] > 0 and last > (1 - FELL) * first and last > LOW[name]
+            if weights[name.removeprefix("loss_")] > 0 and last > (1 - FELL) * first and last > self.low[name]
         ]  # fmt: skip
         return f"{', '.join(named)} did not fall by {FELL:.0%}" if named and self.steps >= ENOUGH_STEPS else None
 

@@ -214,10 +214,22 @@ _PARTS = [
     (r"class_embed", "class head"),
     (r"bbox_embed", "box head"),
     (r"criterion", "matching and losses"),
+    (r"decoder\.input_proj", "projection of the encoder's maps"),
+    (r"decoder\.enc_output", "candidates for queries"),
+    (r"decoder\.enc_score_head", "class head of the candidates"),
+    (r"decoder\.enc_bbox_head", "box head of the candidates"),
+    (r"decoder\.query_pos_head", "positions of the queries"),
+    (r"decoder\.denoising_class_embed", "disturbed labels"),
+    (r"decoder\.tgt_embed", "object queries"),
+    (r"encoder\.input_proj", "projection of the features"),
+    (r"encoder\.lateral_convs", "between the encoder's maps"),
+    (r"encoder\.(fpn|pan)_blocks", "fusion of the encoder's maps"),
+    (r"encoder\.downsample_convs", "between the encoder's maps"),
 ]
+_HEADS = {"score": "class head", "bbox": "box head"}
 _INNER = [
     (r"self_attn", "self-attention"),
-    (r"multihead_attn", "cross-attention"),
+    (r"(multihead|cross)_attn", "cross-attention"),
     (r"linear[12]", "feed-forward"),
     (r"norm\d?", "norm"),
 ]
@@ -228,7 +240,9 @@ def place(module: str) -> str:
     for pattern, words in _PARTS:
         if re.match(pattern, module):
             return words
-    layer = re.match(r"transformer\.(encoder|decoder)\.layers\.(\d+)\.?(.*)", module)
+    if head := re.match(r"decoder\.dec_(score|bbox)_head\.(\d+)", module):
+        return f"{_HEADS[head[1]]} of decoder layer {int(head[2]) + 1}"
+    layer = re.match(r"(?:transformer|encoder|decoder)\.(encoder|decoder)(?:\.0)?\.layers\.(\d+)\.?(.*)", module)
     if not layer:
         return ""
     side, number, rest = layer.groups()

@@ -201,3 +201,36 @@ def test_table_names_best_and_worst_classes_and_the_threshold():
     text = metrics.table(num_classes=1)
     assert f"{100 * metrics.values['AP']:.1f}" in text and "best classes: class" in text and "worst classes" in text
     assert f"score {metrics.threshold:.3f}" in text and "hotcoco 1" in text and text.isascii()
+
+
+# --- crowded images
+
+
+def crowd(num: int) -> tuple[dict, list[Detections]]:
+    """One image full of small squares, and detections that are all right; the best of them says so in its score."""
+    side = int(np.ceil(np.sqrt(num)))
+    boxes = [[10.0 * (i % side), 10.0 * (i // side), 8.0, 8.0] for i in range(num)]
+    truth = {
+        "images": [{"id": 1, "width": 10 * side, "height": 10 * side}], "categories": [{"id": 1, "name": "seed"}],
+        "annotations": [
+            {"id": i + 1, "image_id": 1, "category_id": 1, "bbox": b, "area": 64.0, "iscrowd": 0}
+            for i, b in enumerate(boxes)
+        ],
+    }  # fmt: skip
+    xyxy = np.array([[x, y, x + w, y + h] for x, y, w, h in boxes], np.float32)
+    scores = np.linspace(0.9, 0.5, num).astype(np.float32)
+    return truth, [Detections(1, scores, np.ones(num, np.int64), xyxy)]
+
+
+@pytest.mark.law5
+@backends
+def test_an_image_of_400_objects_is_found_whole_where_so_many_may_be_told(backend):
+    truth, found = crowd(400)
+    whole = evaluate.score(truth, found, identity(truth), max_detections=400, backend=backend)
+    assert whole.values["AP"] == whole.values["AR100"] == 1.0 and whole.out_of_reach == 0
+    assert "cannot be found" not in whole.table()
+    cut = evaluate.score(truth, found, identity(truth), backend=backend)
+    assert cut.values["AR100"] == 0.25 and cut.values["AP"] == pytest.approx(0.25, abs=0.01), "a quarter at COCO's 100"
+    assert cut.out_of_reach == cut.to_json()["out_of_reach"] == 300
+    for words in ("300 of 400 objects cannot be found", "evaluate.max_detections, which is 100"):
+        assert words in cut.table()

@@ -11,6 +11,14 @@ SMALL = {
     "hidden_dim": 16, "num_heads": 4, "num_encoder_layers": 2, "num_decoder_layers": 3, "dim_feedforward": 24,
     "num_queries": 7, "dropout": 0.0,
 }  # fmt: skip
+RTDETR = {
+    "name": "rtdetr", "num_encoder_layers": 1, "num_queries": 9, "backbone": {"name": "test_efficientnet.r160_in1k"},
+}  # fmt: skip
+RTDETR_PARTS = {"encoder_dim": 16, "encoder_feedforward": 24, "expansion": 0.5, "num_blocks": 1, "num_denoising": 12}
+
+
+def _rtdetr_recipe(parts=None, **changes):
+    return _recipe(**{**RTDETR, "rtdetr": recipes.RtDetr(**{**RTDETR_PARTS, **(parts or {})}), **changes})
 
 
 def _recipe(backbone=None, loss=None, **changes):
@@ -44,6 +52,12 @@ def make_recipe():
 
 
 @pytest.fixture
+def make_rtdetr_recipe():
+    """``parts`` are options of model.rtdetr."""
+    return _rtdetr_recipe
+
+
+@pytest.fixture
 def randomise():
     return _randomise
 
@@ -52,6 +66,15 @@ def randomise():
 def make_model():
     def make(num_classes=4, dtype=torch.float64, **changes):
         model = models.build(_recipe(**changes), num_classes, load_weights=False)
+        return _randomise(model).to(dtype)
+
+    return make
+
+
+@pytest.fixture
+def make_rtdetr():
+    def make(num_classes=4, dtype=torch.float64, **changes):
+        model = models.build(_rtdetr_recipe(**changes), num_classes, load_weights=False)
         return _randomise(model).to(dtype)
 
     return make

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from detr_accel import models
+from detr_accel.structures import Batch
 
 _FILE = Path(__file__).parents[2] / "benchmarks" / "device_reads.py"
 _spec = importlib.util.spec_from_file_location("device_reads", _FILE)
@@ -38,6 +39,20 @@ def test_one_read_of_the_device_in_a_micro_batch(make_recipe, make_batch, sizes,
     counts = criterion.normalisers(criterion.count(targets))
     with CountReads() as mode:
         criterion(model(images, mask), targets, counts).total.backward()
+    assert mode.reads == ["cpu"]
+
+
+@pytest.mark.parametrize("sizes", [[2, 0, 9], [0, 0, 0]])
+@pytest.mark.parametrize("sampling", ["bilinear", "discrete"])
+def test_one_read_of_the_device_in_a_micro_batch_of_rtdetr(make_rtdetr_recipe, make_batch, sizes, sampling):
+    recipe = make_rtdetr_recipe({"sampling": sampling})
+    model = models.build(recipe, 4, load_weights=False).train()
+    criterion = models.build_criterion(recipe, 4)
+    images, mask, targets = make_batch(sizes, dtype=torch.float32)
+    counts = criterion.normalisers(criterion.count(targets))
+    with CountReads() as mode:
+        denoising = criterion.disturb(Batch(images, mask, targets, (0, 1, 2)), max(sizes), seed=0)
+        criterion(model(images, mask, denoising), targets, counts, denoising).total.backward()
     assert mode.reads == ["cpu"]
 
 

@@ -44,6 +44,12 @@ log:
 device: cpu
 precision: "no"
 """
+# as --set would make RT-DETR of it
+RTDETR = [
+    "model.name=rtdetr", "model.backbone.name=test_efficientnet", "model.hidden_dim=16", "model.dim_feedforward=16",
+    "model.rtdetr.encoder_dim=16", "model.rtdetr.encoder_feedforward=16", "model.rtdetr.num_blocks=1",
+    "model.rtdetr.expansion=0.5", "model.rtdetr.num_denoising=12",
+]  # fmt: skip
 EPOCHS = "schedule: {epochs: 2, kind: constant}\n"
 RANK = int(os.environ.get("RANK", "0"))
 
@@ -71,14 +77,15 @@ _plain_turn = loop._Turn.run
 
 
 def parameter(runner: window.WindowRunner) -> torch.nn.Parameter:
-    return runner.accelerator.unwrap_model(runner.model).transformer.decoder.layers[0].linear1.weight
+    bare = runner.accelerator.unwrap_model(runner.model)
+    return (bare.transformer.decoder if hasattr(bare, "transformer") else bare.decoder).layers[0].linear1.weight
 
 
 def micro_batch(self, batch: Batch, counts, share, scale: int) -> None:
     number = len(share.totals)
     fault = faults.due(
         batch.window, number, "image", "weight", "lasting weight", "loss", "gradient", "oom forward", "oom backward",
-        "label", "error",
+        "label", "error", "denoising",
     )  # fmt: skip
     if fault is None:
         return _plain_micro_batch(self, batch, counts, share, scale)
@@ -97,6 +104,16 @@ def micro_batch(self, batch: Batch, counts, share, scale: int) -> None:
             weight[0, 0] = value
         if fault["what"] == "weight":
             undo.append(lambda: weight.data.view(-1)[0].fill_(kept))
+    if fault["what"] == "denoising":
+        plain = self.criterion.disturb
+
+        def spoiled(*args):
+            queries = plain(*args)
+            queries.boxes_cxcywh[0, 0, 0] = value
+            return queries
+
+        self.criterion.disturb = spoiled
+        undo.append(lambda: delattr(self.criterion, "disturb"))
     if fault["what"] in ("gradient", "oom backward"):
 
         def hook(grad: torch.Tensor) -> torch.Tensor:

@@ -59,6 +59,31 @@ def test_activation_checkpointing_is_switched_on_only_where_it_is_needed(built, 
     assert (micro, checkpointed) == (1, ["backbone", "encoder"]) and "activation checkpointing on backbone" in words
 
 
+def test_rtdetr_fits_too_with_its_denoising_and_its_parts(monkeypatch):
+    text = injected.TINY + SHORT + "name: rt\n"
+    tree, lines = recipes._parse(text, "rt")
+    for setting in injected.RTDETR:
+        recipes._apply_override(tree, lines, setting)
+    recipe = recipes._validate(tree, lines, "rt")
+    rt = parts.build(recipe, make_accelerator("no", "cpu"), data.build(recipe), resume=False)
+    before = {k: v.clone() for k, v in rt.bare.state_dict().items()}
+    seen, plain = [], rt.bare.forward
+    monkeypatch.setattr(rt.bare, "forward", lambda *args: (seen.append(len(args)), plain(*args))[1])
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 20 * 2**30)
+    assert memory_fit.fit(rt, "auto", [])[0] == 8 and set(seen) == {3}, "images, mask and disturbed boxes"
+    assert all(torch.equal(v, before[k]) for k, v in rt.bare.state_dict().items()), "norms included"
+    needs = {0: 9.0, 1: 5.0, 2: 3.0, 3: 2.0}
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 4 / 0.9)
+
+    def on() -> int:
+        body = any(type(m).__name__ == "_CheckpointedBlocks" for m in rt.bare.backbone.modules())
+        return body + rt.bare.encoder.checkpointing + rt.bare.decoder.checkpointing
+
+    monkeypatch.setattr(memory_fit._Trial, "bytes", lambda self, micro: needs[on()] * micro)
+    micro, checkpointed, _ = memory_fit.fit(rt, "auto", "auto")
+    assert (micro, checkpointed) == (1, ["backbone", "encoder"])
+
+
 def now(built) -> list[str]:
     """The parts that compute again in backward."""
     body = any(type(m).__name__ == "_CheckpointedBlocks" for m in built.bare.backbone.modules())

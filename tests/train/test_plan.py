@@ -90,6 +90,36 @@ def test_so_it_is_without_accumulation_and_at_another_size(micro, settings):
     assert planned["all"] == pytest.approx(measured["all"], rel=0.15)
 
 
+RTDETR = [
+    "model.name=rtdetr", "model.backbone.name=test_efficientnet.r160_in1k", "model.num_decoder_layers=2",
+    "model.rtdetr.encoder_dim=32", "model.rtdetr.encoder_feedforward=64", "model.rtdetr.num_blocks=1",
+    "model.rtdetr.num_denoising=100",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "micro, settings",
+    [(4, []), (1, ["batch.size=2"]), (4, ["model.activation_checkpointing=[encoder,decoder]", "precision=bf16"])],
+)
+def test_so_it_is_for_rtdetr(micro, settings):
+    recipe = small(*RTDETR, *settings)
+    planned, measured = both(recipe, micro)
+    for moment in ("forward", "backward", "optimizer", "all"):
+        assert planned[moment] == pytest.approx(measured[moment], rel=0.05), moment
+    without = peaks(small(*RTDETR, *settings, "model.rtdetr.num_denoising=0"), micro)
+    assert peaks(recipe, micro).moments["losses"] > 1.02 * without.moments["losses"], "denoising is counted"
+
+
+def test_rtdetr_is_planned_for_a_gpu_too():
+    recipe = small(*RTDETR, "device=auto")
+    cpu, gpu = peaks(recipe, 4), peaks(recipe, 4, gpu=True)
+    assert 0 < gpu.bytes < cpu.bytes
+    for part in ("backbone", "encoder", "decoder", "heads_and_losses"):
+        assert gpu.components["losses"][f"activations/{part}"] > 0
+    again = peaks(small(*RTDETR, "device=auto", "model.activation_checkpointing=[decoder]"), 4, gpu=True)
+    assert again.bytes < gpu.bytes
+
+
 def test_the_comparison_can_fail(plain):
     _, measured = plain
     other = check.planned_bytes(peaks(small("data.augment.max_size=192"), 4))

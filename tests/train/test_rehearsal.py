@@ -126,6 +126,26 @@ def test_two_processes_rehearse_as_one_launch(place):
     assert "bit for bit the run that was not killed" in done.stdout
 
 
+RTDETR = [
+    "model.name=rtdetr", "model.backbone.name=test_efficientnet", "model.hidden_dim=32", "model.rtdetr.encoder_dim=32",
+    "model.rtdetr.encoder_feedforward=64", "model.rtdetr.num_blocks=1", "model.rtdetr.num_denoising=20",
+    "model.backbone.dc5=false",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_rtdetr_rehearses_every_stage(place):
+    """In this time the boxes are not all found; every part moves and every term falls."""
+    done = runs.launch(place, *SHAPES[2:], *RTDETR, "--rehearse", "--rehearse-minutes", "0.5", timeout=590)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    *stages, verdict = done.stdout.splitlines()
+    assert verdict.startswith("safe to leave"), verdict
+    (line,) = [s for s in stages if " overfit " in s]
+    assert "class_error" in line and "loss_giou" in line
+    assert any("bit for bit the run that was not killed" in s for s in stages)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_boxes_are_found_by_a_recipe_that_learns(place, capsys):

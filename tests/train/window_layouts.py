@@ -1,6 +1,6 @@
 """Run windows in several layouts on this launch's processes; the main one writes losses and gradients to a file.
 
-Usage: accelerate launch ... window_layouts.py OUT.pt DTYPE, on one process or on two.
+Usage: accelerate launch ... window_layouts.py OUT.pt DTYPE DETECTOR ..., on one process or on two.
 """
 
 import importlib.util
@@ -23,11 +23,11 @@ _module = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_module)
 CountReads = _module.CountReads
 
-RECIPE = """
+DETR = """
 name: t
 data: {format: shapes}
 model:
-  backbone: {name: resnet10t, weights: none, norm: frozen_for_test}
+  backbone: {name: resnet10t, weights: none, norm: live}
   hidden_dim: 32
   num_heads: 4
   num_encoder_layers: 1
@@ -36,8 +36,26 @@ model:
   dropout: 0.0
   num_queries: 12
 """
+RTDETR = """
+name: t
+data: {format: shapes}
+model:
+  name: rtdetr
+  backbone: {name: test_efficientnet, weights: none, norm: live}
+  hidden_dim: 16
+  num_heads: 4
+  num_decoder_layers: 3
+  dim_feedforward: 16
+  num_queries: 12
+  rtdetr: {encoder_dim: 16, encoder_feedforward: 16, expansion: 0.5, num_blocks: 1, num_denoising: 30}
+loss: {kind: LOSS}
+"""
+DETECTORS = {"detr": DETR, "vfl": RTDETR.replace("LOSS", "vfl"), "mal": RTDETR.replace("LOSS", "mal")}
 # boxes of each image; more than the 12 queries in one, none in another
 SIZES = {"full": [3, 0, 5, 1, 14, 2, 1, 7], "short": [2, 0, 9], "one": [4], "empty": [0, 0, 0, 0, 0, 0, 0, 0]}
+
+# what "mal" has of its own is one term of the loss, and one kind of window shows it
+KINDS = {"detr": tuple(SIZES), "vfl": tuple(SIZES), "mal": ("full", "short")}
 
 
 def window(kind: str) -> Batch:
@@ -60,22 +78,24 @@ def cut(batch: Batch, start: int, stop: int) -> Batch:
 
 
 def spread(model: torch.nn.Module) -> None:
-    """Random norms and statistics, queries far apart: no gradient is zero and no assignment is a coin toss."""
+    """Random norms and statistics, no weight zero, queries far apart: no gradient is zero and no assignment is a coin
+    toss."""
     gen = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if tensor.dim() == 1 and tensor.is_floating_point():
                 low, high = (0.5, 1.5) if name.endswith(("weight", "running_var")) else (-0.2, 0.2)
                 tensor.copy_(torch.rand(tensor.shape, generator=gen) * (high - low) + low)
-        model.query_embed.weight.copy_(torch.randn(model.query_embed.weight.shape, generator=gen) * 5)
+            elif tensor.is_floating_point() and not tensor.any():
+                tensor.copy_(torch.randn(tensor.shape, generator=gen) * 0.2)
+        if hasattr(model, "query_embed"):
+            model.query_embed.weight.copy_(torch.randn(model.query_embed.weight.shape, generator=gen) * 5)
 
 
-def main() -> None:
-    out, dtype = sys.argv[1], getattr(torch, sys.argv[2])
-    accelerator = make_accelerator("no", "cpu", overlap=True, timeout_minutes=2)
-    ranks, rank = accelerator.num_processes, accelerator.process_index
+def build(detector: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Detector and criterion; the detector's BatchNorm stays in eval."""
     torch.manual_seed(0)
-    recipe = loads(RECIPE.replace("frozen_for_test", "live"))
+    recipe = loads(DETECTORS[detector])
     model = models.build(recipe, 5)
     for module in model.modules():  # live batch statistics are the law's named exception
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -83,11 +103,17 @@ def main() -> None:
             module.eval()
             module.training = False
     spread(model)
-    model.to(dtype)
-    criterion = models.build_criterion(recipe, 5).to(dtype)
+    return model, models.build_criterion(recipe, 5)
+
+
+def run(detector: str, dtype: torch.dtype, accelerator) -> tuple[dict, dict]:
+    """Results with gradients, and device reads, by kind of window, micro-batch and overlap."""
+    ranks, rank = accelerator.num_processes, accelerator.process_index
+    model, criterion = (part.to(dtype) for part in build(detector))
     groups = models.param_groups(model)
     results, reads = {}, {}
-    for kind, sizes in SIZES.items():
+    for kind in KINDS[detector] if dtype is torch.float64 else ("full",):
+        sizes = SIZES[kind]
         for micro in (1, 2, 4, 8):
             for overlap in (False, True):
                 if overlap and ranks == 1:
@@ -106,11 +132,18 @@ def main() -> None:
                     result = runner.run(micros, all_share=len(sizes) >= ranks)
                 reads[kind, micro, overlap] = (len(micros), counted.reads)
                 grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
-                results[kind, micro, overlap] = (result, grads)
+                results[kind, micro, overlap] = (vars(result), grads)
                 if overlap:
                     model._is_accelerate_prepared = False
+    return results, reads
+
+
+def main() -> None:
+    out, dtype = sys.argv[1], getattr(torch, sys.argv[2])
+    accelerator = make_accelerator("no", "cpu", overlap=True, timeout_minutes=2)
+    found = {detector: run(detector, dtype, accelerator) for detector in sys.argv[3:]}
     if accelerator.is_main_process:
-        torch.save({key: (vars(r), g) for key, (r, g) in results.items()} | {"reads": reads}, out)
+        torch.save({name: results | {"reads": reads} for name, (results, reads) in found.items()}, out)
     launch.leave()
 
 
