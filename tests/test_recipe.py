@@ -39,7 +39,7 @@ def test_all_mistakes_are_told_at_once_each_with_its_line(tmp_path):
     assert f"{path}, line 4: optim.clip_norm: -1 is refused: it should be greater than 0" in text
     assert f"{path}, line 6: batch.micro: true is refused: it should be a valid integer" in text
     assert f"{path}, line 7: modle: no such key; did you mean model?" in text
-    kinds = "it should be 'step', 'cosine', 'constant' or 'plateau'"
+    kinds = "it should be 'step', 'cosine', 'flat_cosine', 'constant' or 'plateau'"
     assert f'command line: schedule.kind: "stepp" is refused: {kinds}' in text
 
 
