@@ -244,7 +244,8 @@ def _boxes(split: Split, model: Model) -> list[Finding]:
             crowded.append((-len(boxes), f"{name}: {len(boxes)} objects", (path, None)))
         if not len(boxes):
             continue
-        scale = np.sqrt(np.prod(resized(size, model.short_px, model.max_px, model.square)) / np.prod(size, dtype=np.float64))
+        seen = resized(size, model.short_px, model.max_px, model.square)
+        scale = np.sqrt(np.prod(seen) / np.prod(size, dtype=np.float64))
         sides = np.sqrt((boxes[:, 2] - boxes[:, 0]).astype(np.float64) * (boxes[:, 3] - boxes[:, 1])) * scale
         tiny = np.flatnonzero(sides < model.stride_px / 2)
         small += [(sides[k], f"{name}: {sides[k]:.1f} px as the model sees it", _place(path, boxes[k])) for k in tiny]
