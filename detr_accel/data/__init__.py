@@ -255,15 +255,18 @@ def preview(
     return epoch_sheet(tasks, epoch, images, tuple(mean), tuple(std))
 
 
-def first_recipe_for(root: Path, name: str) -> tuple[str, list[str]]:
+def first_recipe_for(root: Path, name: str, detector: str = "auto") -> tuple[str, list[str]]:
     """A recipe for a folder, and what was found in it.
 
+    Args:
+        detector: ``detr``, ``rtdetr``, or ``auto``: by the data.
     Raises:
         UserError: as in ``build``.
     """
     format_ = layout.format_of(root)
     splits = build(Recipe.model_validate({"data": {"root": str(root), "format": format_}}))
-    return first_recipe.write(first_recipe.facts(splits.train, splits.val), name, str(root), format_), splits.found
+    found = first_recipe.facts(splits.train, splits.val)
+    return first_recipe.write(found, name, str(root), format_, detector), splits.found
 
 
 def with_cache(recipe: Recipe, splits: Splits, quiet: bool = False) -> Splits:
