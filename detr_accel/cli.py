@@ -209,6 +209,7 @@ def _data_verbs(verb) -> None:
     p = verb("start", _start, "write a first recipe for a data set, each line with its reason")
     p.add_argument("folder", type=Path, help="a COCO folder")
     p.add_argument("--out", type=Path, help="the recipe (default: NAME.yaml here, NAME being the folder's)")
+    p.add_argument("--detector", default="auto", choices=["auto", "detr", "rtdetr"], help="auto: by the data")
 
 
 def _model_options(p: argparse.ArgumentParser) -> None:
@@ -293,7 +294,7 @@ def _start(args, _) -> int:
     out = args.out or Path(f"{name or 'first'}.yaml")
     if out.exists():
         raise UserError(f"{out} is already there: remove it, or choose another with --out")
-    text, found = data.first_recipe_for(args.folder, name or "first")
+    text, found = data.first_recipe_for(args.folder, name or "first", args.detector)
     recipes.loads(text, str(out))
     with writing(out):
         out.write_text(text, encoding="utf-8")

@@ -94,6 +94,9 @@ class Data(Section):
     """Short side at evaluation and prediction, in pixels."""
     eval_max_size: Positive = 1333
     """Upper bound of the long side at evaluation and prediction, in pixels."""
+    square: bool = False
+    """Squeeze images to squares, in training, evaluation and prediction, as RT-DETR does: augment.scales and eval_size
+    are their sides. No padding, but what is narrow gets wide."""
     shapes: Shapes = Shapes()
     """The procedural data set."""
 
@@ -118,7 +121,10 @@ class Optim(Section):
     lr_backbone: Annotated[float, Field(ge=0)] = 1e-5
     """Learning rate of the backbone; 0 freezes it whole."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    """AdamW's decay, on every parameter."""
+    """AdamW's decay, on every parameter but those of no_decay."""
+    no_decay: list[Literal["norms", "biases"]] = []
+    """What does not decay: scales and shifts of normalisation layers, and biases elsewhere. DETR decays everything
+    (RT-DETRv2: [norms])."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """AdamW's averaging of gradients and of their squares."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
@@ -142,21 +148,32 @@ class Schedule(Section):
     """Length of the training, in passes over the training split."""
     steps: Positive | None = None
     """Length in optimizer steps; takes the place of epochs when set."""
-    kind: Literal["step", "cosine", "constant", "plateau"] = "step"
-    """``step``: multiply by gamma at each of drop_at. ``cosine``: fall to min_factor at the end. ``plateau``: multiply
-    by gamma whenever ``patience`` evaluations in a row brought nothing better."""
+    kind: Literal["step", "cosine", "flat_cosine", "constant", "plateau"] = "step"
+    """``step``: multiply by gamma at each of drop_at. ``cosine``: fall to min_factor at the end. ``flat_cosine``: stay,
+    then fall to min_factor over ``fall``, then stay there (DEIM). ``plateau``: multiply by gamma whenever ``patience``
+    evaluations in a row brought nothing better."""
     drop_at: list[Annotated[float, Field(gt=0, lt=1)]] = [0.6667]
     """Fractions of the training at which ``step`` drops (DETR: 200 of 300 epochs, 400 of 500)."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
     """What ``step`` and ``plateau`` multiply by at each drop."""
     min_factor: Fraction = 0.0
-    """What cosine leaves of the learning rate at the end, and plateau at the least."""
+    """What cosine and flat_cosine leave of the learning rate at the end, and plateau at the least."""
+    fall: tuple[Fraction, Fraction] = (0.5, 0.95)
+    """Fractions of the training between which ``flat_cosine`` falls (DEIM: epochs 34 to 58 of 60)."""
     patience: Positive = 3
     """Evaluations without a better ``metric`` after which ``plateau`` drops."""
     metric: Watched = "AP"
     """What ``plateau`` watches; ``loss`` is that of the validation split, where less is better."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps over which the learning rate rises linearly from 0."""
+    """Steps over which the learning rate rises from 0."""
+    warmup: Literal["linear", "quadratic"] = "linear"
+    """How it rises: ``quadratic`` is slower at first (DEIM)."""
+
+    @model_validator(mode="after")
+    def _it_falls_forward(self) -> Schedule:
+        if self.fall[0] > self.fall[1]:
+            raise ValueError(f"fall is [first, last], but {self.fall[0]:g} > {self.fall[1]:g}")
+        return self
 
 
 class Ema(Section):

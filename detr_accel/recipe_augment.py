@@ -107,7 +107,10 @@ class Augment(Section):
     flip: Fraction = 0.5
     """Probability of a horizontal flip."""
     scales: list[Positive] = [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
-    """Lengths of the short side to draw from."""
+    """Lengths of the short side to draw from, or with data.square of every side; one that stands there twice is drawn
+    twice as often."""
+    scales_stop: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Fraction of the training from which on every image goes to data.eval_size instead (RT-DETR: the last epoch)."""
     scale_by: Literal["image", "window"] = "image"
     """Whether each image draws its own scale, as in DETR, or all images of a window (an optimizer step) share one: less
     padding, and sizes from a finite set."""

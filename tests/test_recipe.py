@@ -39,7 +39,7 @@ def test_all_mistakes_are_told_at_once_each_with_its_line(tmp_path):
     assert f"{path}, line 4: optim.clip_norm: -1 is refused: it should be greater than 0" in text
     assert f"{path}, line 6: batch.micro: true is refused: it should be a valid integer" in text
     assert f"{path}, line 7: modle: no such key; did you mean model?" in text
-    kinds = "it should be 'step', 'cosine', 'constant' or 'plateau'"
+    kinds = "it should be 'step', 'cosine', 'flat_cosine', 'constant' or 'plateau'"
     assert f'command line: schedule.kind: "stepp" is refused: {kinds}' in text
 
 
@@ -61,6 +61,7 @@ def test_all_mistakes_are_told_at_once_each_with_its_line(tmp_path):
         ),
         ("data: {format: shapes, augment: {iou_crop: {min_iou: []}}}", "min_iou needs at least one value"),
         ("data: {format: shapes, augment: {mosaic: {probabilty: 1}}}", "did you mean data.augment.mosaic.probability?"),
+        ("schedule: {fall: [0.9, 0.5]}", "fall is [first, last], but 0.9 > 0.5"),
         ("loss: {cost_class: 0, cost_bbox: 0, cost_giou: 0}", "nothing would decide the matching"),
         ("name: a/b", "name"),
         ("- a\n- b", "mapping"),
@@ -122,12 +123,35 @@ def test_overriding_a_section_keeps_its_other_keys(tmp_path):
     assert recipe.load(path, ["data={prefetch: 5}"]).data.workers == 7
 
 
+def shipped(path) -> recipe.Recipe:
+    return recipe.load(path, [] if "format: shapes" in path.read_text() else ["data.root=/data"])
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_every_shipped_recipe_loads_survives_a_round_trip_and_builds(path):
-    loaded = recipe.load(path, [] if "shapes" in path.name else ["data.root=/data"])
+    loaded = shipped(path)
     assert recipe.loads(recipe.dumps(loaded)) == loaded
     model = models.build(loaded, 91, device="meta", load_weights=False)
     assert all(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "name, published", [("rtdetr_r101_coco", 76), ("rtdetr_v2_r101_coco", 76), ("rtdetr_r50_coco", 42)]
+)
+def test_a_recipe_of_rtdetr_has_the_published_size_and_says_its_own(name, published):
+    path = recipe.folder() / f"{name}.yaml"
+    model = models.build(recipe.load(path), 80, device="meta", load_weights=False)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    assert int(millions) == published
+    assert f"Parameters: {millions:.1f} million (published: {published})" in path.read_text()
+
+
+def test_rtdetrs_recipes_train_and_evaluate_on_the_same_squares():
+    for path in SHIPPED:
+        loaded = shipped(path)
+        if loaded.model.name == "rtdetr":
+            assert loaded.data.square and loaded.data.augment.crop == 0 and loaded.model.num_queries <= 300
+            assert loaded.data.eval_size in loaded.data.augment.scales
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
@@ -139,7 +163,9 @@ def test_every_shipped_recipe_has_an_honest_header(path):
 def faults_of_header(text: str, name: str) -> list[str]:
     """What a recipe's header lacks: command, expected result, arithmetic, time and hardware, or "not measured yet"."""
     head = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
-    chosen = recipe.loads(text + ("" if "data:" in text else "data: {root: /data}\n"))
+    whole = text if "\ndata:" in text else f"{text}data:\n"
+    placed = "root:" in text or "format: shapes" in text
+    chosen = recipe.loads(whole if placed else whole.replace("\ndata:\n", "\ndata:\n  root: /data\n"))
     launch = r"accelerate launch --config_file accelerate_config.yaml (.*?)train.py(?: \\)?"
     file = "" if name == "shapes" else f" --recipe recipes/{name}.yaml"  # train.py alone trains the shapes
     command = re.search(launch + re.escape(file), head)

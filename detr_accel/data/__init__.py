@@ -27,6 +27,7 @@ from detr_accel.data.sampler import EvalTasks, Task, TrainTasks, shapes_of, shar
 from detr_accel.data.shapes import ShapesSource
 from detr_accel.data.sizes import (
     _count,
+    _evaluated,
     _on_device,
     _policy,
     _sizes,
@@ -171,8 +172,8 @@ def check(
     """
     if recipe.data.format == "shapes":
         raise UserError("check-data looks at data sets of people; data.format is shapes, which are made on the fly")
-    e, stride = recipe.data, 16 if recipe.model.backbone.dc5 else 32
-    model = checks.Model(stride, recipe.model.num_queries, e.eval_size, e.eval_max_size)
+    e, stride = recipe.data, 8 if recipe.model.name == "rtdetr" else 16 if recipe.model.backbone.dc5 else 32
+    model = checks.Model(stride, recipe.model.num_queries, *_evaluated(recipe))
     if e.format == "hub":
         splits = hub_opening.to_check(_asked(recipe))
     else:
@@ -239,7 +240,7 @@ def _tasks(
     recipe: Recipe, source: Source, micro: int, rank: int, num_ranks: int, start: int, end: int,
     size: int | None = None, grouped: bool = True,
 ) -> TrainTasks | StreamTasks:  # fmt: skip
-    place = (_policy(recipe), size or recipe.batch.size, micro, recipe.seed, rank, num_ranks, start, end)
+    place = (_policy(recipe, len(source)), size or recipe.batch.size, micro, recipe.seed, rank, num_ranks, start, end)
     strong = _strong(recipe, len(source))
     if isinstance(source, StreamSource):
         return StreamTasks(source, *place, strong)
@@ -254,15 +255,18 @@ def preview(
     return epoch_sheet(tasks, epoch, images, tuple(mean), tuple(std))
 
 
-def first_recipe_for(root: Path, name: str) -> tuple[str, list[str]]:
+def first_recipe_for(root: Path, name: str, detector: str = "auto") -> tuple[str, list[str]]:
     """A recipe for a folder, and what was found in it.
 
+    Args:
+        detector: ``detr``, ``rtdetr``, or ``auto``: by the data.
     Raises:
         UserError: as in ``build``.
     """
     format_ = layout.format_of(root)
     splits = build(Recipe.model_validate({"data": {"root": str(root), "format": format_}}))
-    return first_recipe.write(first_recipe.facts(splits.train, splits.val), name, str(root), format_), splits.found
+    found = first_recipe.facts(splits.train, splits.val)
+    return first_recipe.write(found, name, str(root), format_, detector), splits.found
 
 
 def with_cache(recipe: Recipe, splits: Splits, quiet: bool = False) -> Splits:
@@ -303,19 +307,17 @@ _CACHES = "~/.cache/detr_accel"
 
 def _kept(recipe: Recipe, splits: Splits) -> list[tuple[Source, dict]]:
     """Both splits, and how their images are kept."""
-    d, policy = recipe.data, _policy(recipe)
+    d, policy = recipe.data, _policy(recipe, len(splits.train))
     strong = _strong(recipe, len(splits.train))
     whole = strong is not None and strong.crops_originals()
     first: Callable = lambda size: size if whole else largest_first(size, policy)  # noqa: E731
     settings = ("train", d.on_bad, policy.scales, policy.max_size, policy.crop > 0, policy.crop_scales)
-    settings += ("whole",) * whole
-    evaluated: Callable = lambda size: resized(size, d.eval_size, d.eval_max_size)  # noqa: E731
+    settings += ("whole",) * whole + ("square",) * d.square + (policy.largest,) * (policy.largest > max(policy.scales))
+    evaluated: Callable = lambda size: resized(size, *_evaluated(recipe))  # noqa: E731
+    in_val = ("val", d.on_bad, d.eval_size, d.eval_max_size) + ("square",) * d.square
     return [
         (splits.train, {"largest": first, "exact": False, "settings": settings}),
-        (
-            splits.val,
-            {"largest": evaluated, "exact": True, "settings": ("val", d.on_bad, d.eval_size, d.eval_max_size)},
-        ),
+        (splits.val, {"largest": evaluated, "exact": True, "settings": in_val}),
     ]
 
 
@@ -347,9 +349,10 @@ def eval_batches(
         count: loader processes, where data.workers is auto and they were measured.
     """
     d, room = recipe.data, workers.room(queue_gib=recipe.data.queue_gib)
-    tasks = EvalTasks(source, recipe.evaluate.batch, d.eval_size, d.eval_max_size, rank, num_ranks)
+    short, long, square = _evaluated(recipe)
+    tasks = EvalTasks(source, recipe.evaluate.batch, short, long, rank, num_ranks, square)
     leave_out = recipe.data.on_bad != "stop" and not keep_faults
-    sizes = [eval_plan(s, d.eval_size, d.eval_max_size).size_px for s in {*_sizes(source)}]
+    sizes = [eval_plan(s, short, long, square).size_px for s in {*_sizes(source)}]
     canvas_px = max((h for h, _ in sizes), default=1) * max((w for _, w in sizes), default=1)
     count = _count(recipe, room) if count is None else count
     by, _ = workers.within(count, d.prefetch, 1, recipe.evaluate.batch * canvas_px * (3 * 4 + 1), room)
@@ -373,7 +376,7 @@ def still_window(
         indices: into the source, of all ranks.
         micro: most images in a micro-batch.
     """
-    plans = [eval_plan(source.size_px(i), recipe.data.eval_size, recipe.data.eval_max_size) for i in indices]
+    plans = [eval_plan(source.size_px(i), *_evaluated(recipe)) for i in indices]
     size, mine = canvas(plans), share(len(indices), rank, num_ranks)
     parts = [range(i, min(i + micro, mine.stop)) for i in range(mine.start, mine.stop, micro)]
     tasks = [Task(0, 0, tuple(p), tuple(indices[i] for i in p), tuple(plans[i] for i in p), size) for p in parts]

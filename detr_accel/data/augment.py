@@ -94,9 +94,9 @@ class Strong:
     def worst_size(self, policy: Augmentation) -> Size:
         """A size that no plan passes whose shape is not its image's own; (0, 0) where there is none."""
         side = 0
-        if _may(self.iou_crop):  # the long side is bounded, but for the rounding of the short one
-            side = min(int(MOST_ASPECT * max(policy.scales)), policy.max_size + int(MOST_ASPECT))
-            side = max(side, max(policy.scales) if max(policy.scales) <= policy.max_size else 0)
+        if _may(self.iou_crop) and not policy.square:  # the long side is bounded, but for the short one's rounding
+            side = min(int(MOST_ASPECT * policy.largest), policy.max_size + int(MOST_ASPECT))
+            side = max(side, policy.largest if policy.largest <= policy.max_size else 0)
         if _may(self.large_scale_jitter):
             side = max(side, self.large_scale_jitter.size or 0)
         return side, side
@@ -242,8 +242,10 @@ def _large_scale_jitter(rng: np.random.Generator, slot: _Slot, settings: LargeSc
     orig = slot.source.size_px(slot.index)
     base = slot.base(orig)
     size = base.size_px if settings.size is None else (settings.size, settings.size)
-    pixel = max(orig[0] / size[0], orig[1] / size[1]) / rng.uniform(*settings.scale)  # the original's to one of these
-    height, width = size[0] * pixel, size[1] * pixel
+    by = rng.uniform(*settings.scale)
+    pixels = [of / side for of, side in zip(orig, size, strict=True)]  # the original's to one of these, down and across
+    pixels = pixels if slot.policy.square else [max(pixels)] * 2
+    height, width = (side * (pixel / by) for side, pixel in zip(size, pixels, strict=True))
     u, v = rng.random(2)
     view = (float(u * (orig[0] - height)), float(v * (orig[1] - width)), height, width)
     return replace(placed(orig, base.flip, view, size), kinds=("large-scale jitter",))
@@ -265,17 +267,26 @@ def _mosaic(rng: np.random.Generator, slot: _Slot, settings: Mosaic) -> Plan | N
     for number, (index, quarter) in enumerate(zip([slot.index, *others.tolist()], order.tolist(), strict=True)):
         flip = base.flip if number == 0 else rng.random() < slot.policy.flip
         size_px = slot.source.size_px(index)
-        plans.append((index, _tile(rng, size_px, flip, quarters[quarter], base.size_px, rng.uniform(*settings.scale))))
+        by = rng.uniform(*settings.scale)
+        down, across = _fit(size_px, (h / 2, w / 2), slot.policy)
+        first = max(1, round(size_px[0] * (down * by))), max(1, round(size_px[1] * (across * by)))
+        plans.append((index, _tile(rng, size_px, flip, quarters[quarter], base.size_px, first)))
     layers = tuple(Layer(index, plan) for index, plan in plans[1:])
     return replace(plans[0][1], layers=layers, kinds=("mosaic",))
 
 
+def _fit(size_px: Size, into_px: tuple[float, float], policy: Augmentation) -> tuple[float, float]:
+    """Factors on height and width with which an image fits: the same, unless the policy squeezes images."""
+    down, across = into_px[0] / size_px[0], into_px[1] / size_px[1]
+    return (down, across) if policy.square else (min(down, across),) * 2
+
+
 def _tile(
-    rng: np.random.Generator, size_px: Size, flip: bool, quarter: tuple[int, int, int, int], canvas_px: Size, by: float
-) -> Plan:
-    """An image in a quarter of a canvas, at the corner where the four meet; what does not fit is cut at random."""
-    ratio = min(canvas_px[0] / 2 / size_px[0], canvas_px[1] / 2 / size_px[1]) * by
-    first = (max(1, round(size_px[0] * ratio)), max(1, round(size_px[1] * ratio)))
+    rng: np.random.Generator, size_px: Size, flip: bool, quarter: tuple[int, int, int, int], canvas_px: Size,
+    first: Size,
+) -> Plan:  # fmt: skip
+    """An image, resized to ``first``, in a quarter of a canvas, at the corner where the four meet; what does not fit is
+    cut at random."""
     top, left, high, wide = quarter
     height, width = min(first[0], high), min(first[1], wide)
     crop = (int(rng.integers(first[0] - height + 1)), int(rng.integers(first[1] - width + 1)), height, width)
@@ -287,8 +298,10 @@ def _mixup(rng: np.random.Generator, slot: _Slot, settings: Mixup, plan: Plan) -
     index = int(rng.integers(len(slot.source)))
     flip = bool(rng.random() < slot.policy.flip)
     size_px, (h, w) = slot.source.size_px(index), plan.size_px
-    ratio = min(h / size_px[0], w / size_px[1])
-    height, width = (min(max(1, round(side * ratio)), most) for side, most in zip(size_px, (h, w), strict=True))
+    fit = _fit(size_px, (h, w), slot.policy)
+    height, width = (
+        min(max(1, round(side * by)), most) for side, by, most in zip(size_px, fit, (h, w), strict=True)
+    )
     place = (int(rng.integers(h - height + 1)), int(rng.integers(w - width + 1)), height, width)
     second = Plan(size_px, flip, None, None, plan.size_px, place_px=place)
     layer = Layer(index, second, 1 - rng.uniform(*settings.weight))

@@ -115,11 +115,12 @@ class Model:
     num_queries: int = 100
     short_px: int = 800
     max_px: int = 1333
+    square: bool = False
 
     def words(self) -> str:
-        return (
-            f"stride {self.stride_px} px, {self.num_queries} queries, images resized to {self.short_px}/{self.max_px}"
-        )
+        side = min(self.short_px, self.max_px)
+        sizes = f"squeezed to {side}x{side}" if self.square else f"resized to {self.short_px}/{self.max_px}"
+        return f"stride {self.stride_px} px, {self.num_queries} queries, images {sizes}"
 
 
 def check(
@@ -243,7 +244,8 @@ def _boxes(split: Split, model: Model) -> list[Finding]:
             crowded.append((-len(boxes), f"{name}: {len(boxes)} objects", (path, None)))
         if not len(boxes):
             continue
-        scale = np.sqrt(np.prod(resized(size, model.short_px, model.max_px)) / np.prod(size, dtype=np.float64))
+        seen = resized(size, model.short_px, model.max_px, model.square)
+        scale = np.sqrt(np.prod(seen) / np.prod(size, dtype=np.float64))
         sides = np.sqrt((boxes[:, 2] - boxes[:, 0]).astype(np.float64) * (boxes[:, 3] - boxes[:, 1])) * scale
         tiny = np.flatnonzero(sides < model.stride_px / 2)
         small += [(sides[k], f"{name}: {sides[k]:.1f} px as the model sees it", _place(path, boxes[k])) for k in tiny]

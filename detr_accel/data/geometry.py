@@ -8,7 +8,7 @@ Sizes are (height, width) in pixels; N boxes of one image. Source of every rule 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -31,6 +31,23 @@ class Augmentation:
     crop_scales: tuple[int, ...]
     crop_size: tuple[int, int]
     scale_by: str = "image"  # or "window": all images of a window go to the same scale
+    square: bool = False  # scales are the sides of squares that images are squeezed to
+    final_scale: int | None = None  # what scales give way to at the end of the training
+    final_from: int = 0  # the window of the training in which they do
+
+    def at(self, window: int) -> Augmentation:
+        """What of it holds in a window of the training."""
+        ended = self.final_scale is not None and window >= self.final_from
+        return replace(self, scales=(self.final_scale,)) if ended else self
+
+    @property
+    def largest(self) -> int:
+        """The greatest scale at any time."""
+        return max(*self.scales, self.final_scale or 0)
+
+    def resized(self, size_px: Size, scale: int) -> Size:
+        """As ``resized``, by this policy's bound and shape."""
+        return resized(size_px, scale, self.max_size, self.square)
 
 
 @dataclass(frozen=True)
@@ -100,11 +117,17 @@ class Demands:
     assumed: bool  # the data were not there, so these are what any data could bring
 
 
-def resized(size_px: Size, short: int, max_size: int | None) -> Size:
+def resized(size_px: Size, short: int, max_size: int | None, square: bool = False) -> Size:
     """The size after a resize of the short side to ``short``, less where the long side would pass ``max_size``.
 
     The long side is cut to an integer, not rounded, as in DETR. No side falls below 1 pixel (DETR would fail there).
+
+    Args:
+        square: both sides become ``short``, whatever the image's shape (RT-DETR), or ``max_size`` where that is less.
     """
+    if square:
+        side = short if max_size is None else min(short, max_size)
+        return side, side
     h, w = size_px
     if max_size is not None:
         low, high = float(min(h, w)), float(max(h, w))
@@ -117,9 +140,9 @@ def resized(size_px: Size, short: int, max_size: int | None) -> Size:
     return short, int(short * w / h)
 
 
-def eval_plan(size_px: Size, short: int, max_size: int) -> Plan:
+def eval_plan(size_px: Size, short: int, max_size: int, square: bool = False) -> Plan:
     """Evaluation and prediction: one resize."""
-    return Plan(size_px, False, None, None, resized(size_px, short, max_size), exact=True)
+    return Plan(size_px, False, None, None, resized(size_px, short, max_size, square), exact=True)
 
 
 def train_plan(rng: np.random.Generator, size_px: Size, policy: Augmentation, scale: int | None = None) -> Plan:
@@ -133,13 +156,13 @@ def train_plan(rng: np.random.Generator, size_px: Size, policy: Augmentation, sc
     flip = rng.random() < policy.flip
     if rng.random() >= policy.crop:
         short = scale or _choice(rng, policy.scales)
-        return Plan(size_px, flip, None, None, resized(size_px, short, policy.max_size))
+        return Plan(size_px, flip, None, None, policy.resized(size_px, short))
     first = resized(size_px, _choice(rng, policy.crop_scales), None)
     width = _crop_side(rng, first[1], policy.crop_size)
     height = _crop_side(rng, first[0], policy.crop_size)
     top = int(rng.integers(0, first[0] - height + 1))
     left = int(rng.integers(0, first[1] - width + 1))
-    final = resized((height, width), scale or _choice(rng, policy.scales), policy.max_size)
+    final = policy.resized((height, width), scale or _choice(rng, policy.scales))
     return Plan(size_px, flip, first, (top, left, height, width), final)
 
 
@@ -150,16 +173,18 @@ def window_scale(rng: np.random.Generator, policy: Augmentation) -> int | None:
 
 def largest_first(size_px: Size, policy: Augmentation) -> Size:
     """The largest size that a training plan first resizes an image to."""
-    bounded = resized(size_px, max(policy.scales), policy.max_size)
+    bounded = policy.resized(size_px, policy.largest)
     if policy.crop == 0:
         return bounded
-    return max(bounded, resized(size_px, max(policy.crop_scales), None), key=lambda size: size[0] * size[1])
+    first = resized(size_px, max(policy.crop_scales), None)
+    if policy.square:  # of another shape than what is cropped: each side as long as either wants it
+        return max(bounded[0], first[0]), max(bounded[1], first[1])
+    return max(bounded, first, key=lambda size: size[0] * size[1])
 
 
 def worst_canvas(sizes_px: Iterable[Size], policy: Augmentation) -> Size:
     """A canvas that no training window of these images can pass: the tallest and the widest plan meet in one window."""
     height = width = 1
-    short = max(policy.scales)
     for size in set(sizes_px):
         plans = [size]
         if policy.crop > 0:
@@ -168,7 +193,7 @@ def worst_canvas(sizes_px: Iterable[Size], policy: Augmentation) -> Size:
                     [min(bound, side) for bound in policy.crop_size] for side in first
                 )  # fmt: skip
                 plans += [(high_h, low_w), (low_h, high_w)]
-        for h, w in (resized(plan, short, policy.max_size) for plan in plans):
+        for h, w in (policy.resized(plan, policy.largest) for plan in plans):
             height, width = max(height, h), max(width, w)
     return height, width
 
@@ -180,8 +205,8 @@ def placed(orig_px: Size, flip: bool, view_px: Rect, size_px: Size, by_centre: b
         view_px: the part, in pixels of the original; it may reach out of the image, and must meet it.
         size_px: what the part becomes.
 
-    What is inside the image goes from whole pixels to whole pixels, so the boxes are exact and the aspect is within
-    half a pixel of the view's.
+    What is inside the image goes from whole pixels to whole pixels, so the boxes are exact, and each side is within
+    half a pixel of what the view says.
     """
     top, height, to_top, to_height = _span(view_px[0], view_px[2], orig_px[0], size_px[0])
     left, width, to_left, to_width = _span(view_px[1], view_px[3], orig_px[1], size_px[1])

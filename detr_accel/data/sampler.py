@@ -122,23 +122,25 @@ class TrainTasks:
     def _cut(self, window: int, epoch: int, order: np.ndarray) -> Iterator[Task]:
         positions = self.window_positions(window)
         indices = [int(order[p]) for p in positions]
-        scale = window_scale(seeds.generator(self.seed, seeds.WINDOW_SCALE, window), self.policy)
+        policy = self.policy.at(window)
+        scale = window_scale(seeds.generator(self.seed, seeds.WINDOW_SCALE, window), policy)
         strong = self.strong.at(window) if self.strong is not None else None
-        plans = [self._plan(epoch, p, i, scale, strong) for p, i in zip(positions, indices, strict=True)]
+        plans = [self._plan(policy, epoch, p, i, scale, strong) for p, i in zip(positions, indices, strict=True)]
         size = canvas(plans)
         mine = share(len(positions), self.rank, self.num_ranks)
         for start in range(mine.start, mine.stop, self.micro):
             part = slice(start, min(start + self.micro, mine.stop))
             yield Task(window, epoch, tuple(positions[part]), tuple(indices[part]), tuple(plans[part]), size)
 
-    def _plan(self, epoch: int, position: int, index: int, scale: int | None, strong: Strong | None) -> Plan:
+    def _plan(
+        self, policy: Augmentation, epoch: int, position: int, index: int, scale: int | None, strong: Strong | None
+    ) -> Plan:
         if strong is not None:
             return strong_plan(
-                strong, self.source, self.policy, seed=self.seed, epoch=epoch, position=position, index=index,
-                scale=scale,
-            )  # fmt: skip
+                strong, self.source, policy, seed=self.seed, epoch=epoch, position=position, index=index, scale=scale
+            )
         rng = seeds.generator(self.seed, seeds.GEOMETRY, epoch, index)
-        return train_plan(rng, self.source.size_px(index), self.policy, scale)
+        return train_plan(rng, self.source.size_px(index), policy, scale)
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,7 @@ class EvalTasks:
     max_size: int
     rank: int
     num_ranks: int
+    square: bool = False
 
     def __len__(self) -> int:
         return len(range(self.rank, windows_per_epoch(len(self.source), self.batch), self.num_ranks))
@@ -159,5 +162,6 @@ class EvalTasks:
     def __iter__(self) -> Iterator[Task]:
         for number in range(self.rank, windows_per_epoch(len(self.source), self.batch), self.num_ranks):
             indices = tuple(range(number * self.batch, min((number + 1) * self.batch, len(self.source))))
-            plans = tuple(eval_plan(self.source.size_px(i), self.short, self.max_size) for i in indices)
+            sizes = (self.source.size_px(i) for i in indices)
+            plans = tuple(eval_plan(size, self.short, self.max_size, self.square) for size in sizes)
             yield Task(number, 0, indices, indices, plans, canvas(plans))

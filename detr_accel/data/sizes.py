@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -47,13 +48,20 @@ def task_bytes(recipe: Recipe, source: Source, micro: int, device: torch.device)
         height, width = _worst_canvas(recipe, source)
         return micro * height * width * (3 * 4 + 1)
     sizes = [(10**6, 10**6)] if isinstance(source, StreamSource) else _sizes(source)
-    return micro * workers.decoded_bytes(sizes, _policy(recipe), _strong(recipe, len(source)))
+    return micro * workers.decoded_bytes(sizes, _policy(recipe, len(source)), _strong(recipe, len(source)))
 
 
 def _worst_canvas(recipe: Recipe, source: Source) -> tuple[int, int]:
     if isinstance(source, StreamSource):
-        return _with_strong(recipe, (recipe.data.augment.max_size,) * 2)
-    return _with_strong(recipe, worst_canvas(_sizes(source), _policy(recipe)))
+        return _any_canvas(recipe)
+    return _with_strong(recipe, worst_canvas(_sizes(source), _policy(recipe, len(source))))
+
+
+def _any_canvas(recipe: Recipe) -> tuple[int, int]:
+    """What a training window can be where an image may have any shape."""
+    policy = _policy(recipe, 1)
+    side = policy.resized((1, 1), policy.largest)[0] if policy.square else policy.max_size
+    return _with_strong(recipe, (side, side))
 
 
 def _on_device(recipe: Recipe, device: torch.device) -> bool:
@@ -73,7 +81,7 @@ def worst_window(recipe: Recipe, source: Source) -> tuple[tuple[int, int], int]:
 def _with_strong(recipe: Recipe, canvas_px: tuple[int, int]) -> tuple[int, int]:
     """A canvas that also holds what the stronger augmentations make."""
     strong = _strong(recipe, 1)
-    height, width = (0, 0) if strong is None else strong.worst_size(_policy(recipe))
+    height, width = (0, 0) if strong is None else strong.worst_size(_policy(recipe, 1))
     return max(canvas_px[0], height), max(canvas_px[1], width)
 
 
@@ -81,17 +89,17 @@ def demands(recipe: Recipe, splits: Splits | None) -> Demands:
     """
     Args:
         splits: of ``build``; None: the data are not there. Then every image may have any shape, so that a window's
-            canvas is ``max_size`` both ways, and one has as many boxes as there are queries; there are COCO's 80
-            classes.
+            canvas is ``max_size`` both ways unless images are squeezed, and one has as many boxes as there are queries;
+            there are COCO's 80 classes.
     """
-    a, d = recipe.data.augment, recipe.data
+    d = recipe.data
     if splits is None:
-        long = d.eval_max_size
-        eval_canvas = (long, long) if recipe.evaluate.batch > 1 else (min(d.eval_size, long), long)
-        canvas = _with_strong(recipe, (a.max_size, a.max_size))
-        return Demands(canvas, recipe.model.num_queries, eval_canvas, 80, None, True)
+        long, short = d.eval_max_size, min(d.eval_size, d.eval_max_size)
+        one = (short, short) if d.square else (short, long)
+        eval_canvas = one if d.square or recipe.evaluate.batch == 1 else (long, long)
+        return Demands(_any_canvas(recipe), recipe.model.num_queries, eval_canvas, 80, None, True)
     canvas, most_boxes = worst_window(recipe, splits.train)
-    sizes = [eval_plan(s, d.eval_size, d.eval_max_size).size_px for s in {*_sizes(splits.val)}]
+    sizes = [eval_plan(s, *_evaluated(recipe)).size_px for s in {*_sizes(splits.val)}]
     if recipe.evaluate.batch > 1:
         eval_canvas = max(h for h, _ in sizes), max(w for _, w in sizes)
     else:
@@ -103,11 +111,18 @@ def _sizes(source: Source) -> Iterator[tuple[int, int]]:
     return (source.size_px(i) for i in range(len(source)))
 
 
-def _policy(recipe: Recipe) -> Augmentation:
+def _evaluated(recipe: Recipe) -> tuple[int, int, bool]:
+    """How ``eval_plan`` resizes: short side, bound of the long one, whether to a square."""
+    return recipe.data.eval_size, recipe.data.eval_max_size, recipe.data.square
+
+
+def _policy(recipe: Recipe, num_images: int) -> Augmentation:
     a = recipe.data.augment
+    final = None if a.scales_stop == 1 else recipe.data.eval_size
     return Augmentation(
-        a.flip, tuple(a.scales), a.max_size, a.crop, tuple(a.crop_scales), tuple(a.crop_size), a.scale_by
-    )
+        a.flip, tuple(a.scales), a.max_size, a.crop, tuple(a.crop_scales), tuple(a.crop_size), a.scale_by,
+        recipe.data.square, final, math.ceil(a.scales_stop * total_windows(recipe, num_images)),
+    )  # fmt: skip
 
 
 def _strong(recipe: Recipe, num_images: int) -> augment.Strong | None:

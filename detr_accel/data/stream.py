@@ -328,22 +328,25 @@ class StreamTasks:
     def _cut(self, window: int, epoch: int, readers: dict[int, Iterator[Row]]) -> Iterator[Task]:
         positions = [p for p in self.window_positions(window) if int(self.source.lane_of[p]) in readers]
         rows = {p: self._next(readers[int(self.source.lane_of[p])], p) for p in positions}
-        scale = window_scale(seeds.generator(self.seed, seeds.WINDOW_SCALE, window), self.policy)
+        policy = self.policy.at(window)
+        scale = window_scale(seeds.generator(self.seed, seeds.WINDOW_SCALE, window), policy)
         strong = self.strong.at(window) if self.strong is not None else None
-        plans = {p: self._plan(_Read(rows), epoch, p, scale, strong) for p in rows}
+        plans = {p: self._plan(_Read(rows), policy, epoch, p, scale, strong) for p in rows}
         mine = self._mine(self.window_positions(window))
         size = canvas(list(plans.values())) if plans else (1, 1)
         for start in range(0, len(mine), self.micro):
             part = tuple(mine[start : start + self.micro])
             yield Task(window, epoch, part, tuple(rows[p] for p in part), tuple(plans[p] for p in part), size)
 
-    def _plan(self, read: _Read, epoch: int, position: int, scale: int | None, strong: Strong | None) -> Plan:
+    def _plan(
+        self, read: _Read, policy: Augmentation, epoch: int, position: int, scale: int | None, strong: Strong | None
+    ) -> Plan:
         if strong is not None:
             return strong_plan(
-                strong, read, self.policy, seed=self.seed, epoch=epoch, position=position, index=position, scale=scale
+                strong, read, policy, seed=self.seed, epoch=epoch, position=position, index=position, scale=scale
             )
         rng = seeds.generator(self.seed, seeds.GEOMETRY, epoch, position)
-        return train_plan(rng, read.size_px(position), self.policy, scale)
+        return train_plan(rng, read.size_px(position), policy, scale)
 
     def _next(self, reader: Iterator[Row], position: int) -> Row:
         row = next(reader, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import shutil
@@ -124,13 +125,15 @@ def most(room: Room, on_gpu: bool) -> int:
 def decoded_bytes(sizes_px: Iterable[Size], policy: Augmentation, strong: Strong | None) -> int:
     """The most that one image of a micro-batch takes as decoded, with all that a mosaic or mixup brings.
 
-    A JPEG decoder gives less than twice the needed sides where the file is larger, and a cache no more than is needed.
+    A JPEG decoder gives less than twice one of the needed sides where the file is larger, and a cache no more than is
+    needed.
     """
     whole = strong is not None and strong.crops_originals()
     most = 1
     for h, w in set(sizes_px):
         a, b = largest_first((h, w), policy)
-        most = max(most, h * w if whole else min(h * w, 4 * a * b))
+        times = min(1.0, 1.0 if whole else 2 * max(a / h, b / w))
+        most = max(most, math.ceil(h * w * times**2))
     return 3 * most * (1 if strong is None else strong.most_boxes(1))
 
 

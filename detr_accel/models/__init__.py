@@ -25,7 +25,7 @@ from detr_accel.structures import Targets, UserError
 __all__ = [
     "build", "build_criterion", "checkpoint_parts", "checkpointing_ladder", "detections",
     "detections_of", "init_from",
-    "keep_decoder_layers", "param_groups", "weights",
+    "keep_decoder_layers", "not_decayed", "param_groups", "weights",
 ]  # fmt: skip
 
 
@@ -78,6 +78,17 @@ def param_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
             group = "backbone" if name.startswith("backbone.") else "transformer"
             groups["heads" if name.startswith(model.heads) else group].append((name, parameter))
     return groups
+
+
+def not_decayed(model: nn.Module, kinds: Sequence[str]) -> set[str]:
+    """Names of the parameters of some kinds: ``norms``, of normalisation layers, and ``biases``, of all others."""
+    names = set()
+    for place, module in model.named_modules():
+        is_norm = "Norm" in type(module).__name__
+        for name, _ in module.named_parameters(place, recurse=False):
+            if ("norms" in kinds and is_norm) or ("biases" in kinds and not is_norm and name.endswith("bias")):
+                names.add(name)
+    return names
 
 
 def checkpointing_ladder(model: nn.Module) -> list[tuple[str, ...]]:

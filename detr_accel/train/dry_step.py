@@ -130,6 +130,7 @@ class _DryStep:
         optimizer = build_optimizer(
             models.param_groups(self.model), lr=o.lr, lr_backbone=o.lr_backbone, weight_decay=o.weight_decay,
             betas=o.betas, eps=o.eps, fused=self.layout.precision != "fp16",
+            no_decay=models.not_decayed(self.model, o.no_decay),
         )  # fmt: skip
         if self.layout.on_gpu and self.layout.precision == "fp16":
             for group in optimizer.param_groups:

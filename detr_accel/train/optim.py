@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch.nn import Parameter
@@ -20,24 +20,30 @@ def build_optimizer(
     betas: tuple[float, float],
     eps: float,
     fused: bool = False,
+    no_decay: Collection[str] = (),
 ) -> torch.optim.AdamW:
-    """AdamW over named groups; decay on everything, as DETR does.
+    """AdamW over named groups; decay on everything, as DETR does, unless told otherwise.
 
     Args:
         groups: group name -> named trainable parameters; the group ``backbone`` learns at lr_backbone.
+        no_decay: names of parameters that do not decay.
         fused: one kernel for the whole step, on CPU and GPU: the same update, rounded differently. Not with fp16: the
             fused step skips an overflow inside the kernel, unseen by Accelerate, which then reports a step taken.
     Returns:
-        the optimizer; each of its groups carries ``name`` and ``base_lr``.
+        the optimizer; each of its groups carries ``name`` and ``base_lr``. A group of which some parameters do not
+        decay becomes two of the same name.
     Raises:
         UserError: there is nothing to train.
     """
     rows = []
     for name, parameters in groups.items():
-        if not parameters:
-            continue
         base_lr = lr_backbone if name == "backbone" else lr
-        rows.append({"params": [p for _, p in parameters], "lr": base_lr, "base_lr": base_lr, "name": name})
+        for kept, decay in ((False, weight_decay), (True, 0.0)):
+            params = [p for n, p in parameters if (n in no_decay) == kept]
+            if params:
+                rows.append(
+                    {"params": params, "lr": base_lr, "base_lr": base_lr, "name": name, "weight_decay": decay}
+                )
     if not rows:
         raise UserError(
             "no weight of the model trains: set optim.lr_backbone above 0, or let another part require a gradient"
@@ -53,14 +59,19 @@ def lr_schedule(
     drop_at: Iterable[float] = (),
     gamma: float = 0.1,
     min_factor: float = 0.0,
+    fall: tuple[float, float] = (0.5, 0.95),
+    warmup: str = "linear",
 ) -> Callable[[int], float]:
     """Factor on every group's learning rate.
 
     Args:
-        kind: ``step``, ``cosine``, ``constant``, or ``plateau``, whose drops follow from evaluations and come on top.
+        kind: ``step``, ``cosine``, ``flat_cosine``, ``constant``, or ``plateau``, whose drops follow from evaluations
+            and come on top.
         total_steps: length of the training in optimizer steps.
-        warmup_steps: the factor rises linearly; the first step already learns, at 1 / warmup_steps.
+        warmup_steps: the factor rises; the first step already learns, at 1 / warmup_steps or its square.
         drop_at: fractions of total_steps at which ``step`` multiplies by gamma.
+        fall: fractions of total_steps between which ``flat_cosine`` falls from 1 to min_factor.
+        warmup: ``linear``, or ``quadratic``: the factor is the square of the linear one.
     Returns:
         a function from the number of steps already taken to the factor of the next one; without state, so that a
         resumed or a rolled-back run only needs its step.
@@ -69,15 +80,23 @@ def lr_schedule(
 
     def factor(step: int) -> float:
         warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+        warm = warm**2 if warmup == "quadratic" else warm
         if kind == "step":
             return warm * gamma ** sum(step >= drop for drop in drops)
         if kind == "cosine":
-            progress = min(1.0, max(0, step - warmup_steps) / max(1, total_steps - warmup_steps))
-            return warm * (min_factor + (1 - min_factor) * 0.5 * (1 + math.cos(math.pi * progress)))
+            return warm * _cosine(step, warmup_steps, total_steps, min_factor)
+        if kind == "flat_cosine":
+            return warm * _cosine(step, round(fall[0] * total_steps), round(fall[1] * total_steps), min_factor)
         assert kind in ("constant", "plateau"), kind
         return warm
 
     return factor
+
+
+def _cosine(step: int, start: int, end: int, floor: float) -> float:
+    """1 up to ``start``, ``floor`` from ``end`` on, half a cosine between."""
+    progress = min(1.0, max(0, step - start) / max(1, end - start))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:

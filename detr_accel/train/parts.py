@@ -89,7 +89,7 @@ def build(recipe: Recipe, accelerator: Accelerator, splits: data.Splits, *, resu
     o, h = recipe.optim, recipe.health
     optimizer = build_optimizer(
         groups, lr=o.lr, lr_backbone=o.lr_backbone, weight_decay=o.weight_decay, betas=o.betas, eps=o.eps,
-        fused=accelerator.scaler is None,
+        fused=accelerator.scaler is None, no_decay=models.not_decayed(bare, o.no_decay),
     )  # fmt: skip
     allocate_state(optimizer)
     ema = Ema(bare, recipe.ema.decay, recipe.ema.warmup_steps) if recipe.ema.enabled else None
@@ -134,8 +134,9 @@ def window_size(parts: Parts, window: int) -> int:
 def schedule_of(recipe: Recipe, length: Length) -> Callable[[int], float]:
     s = recipe.schedule
     return lr_schedule(
-        s.kind, length.total, warmup_steps=s.warmup_steps, drop_at=s.drop_at, gamma=s.gamma, min_factor=s.min_factor
-    )
+        s.kind, length.total, warmup_steps=s.warmup_steps, drop_at=s.drop_at, gamma=s.gamma, min_factor=s.min_factor,
+        fall=s.fall, warmup=s.warmup,
+    )  # fmt: skip
 
 
 def lr_factor(parts: Parts, state) -> float:

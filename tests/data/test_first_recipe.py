@@ -15,8 +15,8 @@ SHARED = Path(__file__).parents[3] / "shared/data"
 PLAIN = Facts(300, 70, 3, 30, 13.0, 480, 1.33, 60.0, ())
 
 
-def written(**changes) -> tuple[recipes.Recipe, str]:
-    text = write(replace(PLAIN, **changes), "mine", "/data/mine")
+def written(detector: str = "auto", **changes) -> tuple[recipes.Recipe, str]:
+    text = write(replace(PLAIN, **changes), "mine", "/data/mine", "coco", detector)
     return recipes.loads(text), text
 
 
@@ -67,18 +67,49 @@ def test_facts_are_read_off_the_annotations(tmp_path):
 
 
 def test_crowds_get_more_queries_and_detections():
-    recipe, text = written(fullest=143)
+    recipe, text = written("detr", fullest=143)
     assert recipe.model.num_queries == recipe.evaluate.max_detections == 200
     assert "your fullest image has 143 objects" in text
-    assert written(fullest=90)[0].model.num_queries == 100
+    assert written("detr", fullest=90)[0].model.num_queries == 100
+    assert written("rtdetr", fullest=143)[0].model.num_queries == 300
+    crowd = written("rtdetr", fullest=400)[0]
+    assert crowd.model.num_queries == crowd.evaluate.max_detections == 600
+    assert written("rtdetr", fullest=90)[0].evaluate.max_detections == 100
 
 
 def test_small_boxes_get_larger_images_within_what_detr_knows():
-    assert written()[0].data.eval_size == 480
-    assert 480 < written(small_px=16)[0].data.eval_size <= 800
-    assert max(written(small_px=2)[0].data.augment.scales) == 800
-    assert written(short_px=3024, small_px=200)[0].data.eval_size == 800
-    assert written(short_px=120, small_px=40)[0].data.eval_size == 320
+    sizes = {small: written("detr", small_px=small)[0].data for small in (60, 16, 2)}
+    assert sizes[60].eval_size == 480 and 480 < sizes[16].eval_size <= 800
+    assert max(sizes[2].augment.scales) == 800
+    assert written("detr", short_px=3024, small_px=200)[0].data.eval_size == 800
+    assert written("detr", short_px=120, small_px=40)[0].data.eval_size == 320
+
+
+@pytest.mark.parametrize(
+    "changes, chosen, why",
+    [
+        ({"num_images": 20_000}, "detr", "no small objects"),
+        ({"num_images": 20_000, "small_px": 30.0}, "rtdetr", "a tenth of the boxes are below 30 px"),
+        ({"num_images": 20_000, "small_px": 60.0, "short_px": 2000}, "rtdetr", "below 60 px"),
+        ({"num_images": 20_000, "fullest": 120}, "rtdetr", "120 objects: it has 300 queries"),
+        ({}, "rtdetr", "of 300 images it learns"),
+    ],
+)
+def test_the_data_choose_the_detector_and_say_why(changes, chosen, why):
+    recipe, text = written(**changes)
+    (line,) = [row for row in text.splitlines() if row.startswith("  name: ")]
+    assert recipe.model.name == chosen and why in line
+    assert recipe.data.square == (chosen == "rtdetr")
+    start = "PekingU/rtdetr_v2_r101vd" if chosen == "rtdetr" else "facebook/detr-resnet-101"
+    assert recipe.model.init_from == start
+
+
+def test_a_first_recipe_of_rtdetr_is_the_model_of_its_weights():
+    ours = written("rtdetr")[0]
+    shipped = recipes.load(recipes.folder() / "rtdetr_finetune.yaml", ["data.root=/data"])
+    assert ours.model == shipped.model and ours.optim.no_decay == shipped.optim.no_decay
+    assert ours.data.eval_size == 640 and set(ours.data.augment.scales) <= set(shipped.data.augment.scales)
+    assert written("rtdetr", small_px=16, short_px=1080)[0].data.eval_size == 800
 
 
 def test_mirrored_classes_are_not_flipped():

@@ -186,3 +186,18 @@ def test_deep_copy_is_independent(make_model, make_batch):
             buffer.mul_(3)
     assert torch.equal(twin(images, mask)["pred_boxes"], before)
     assert not torch.allclose(model(images, mask)["pred_boxes"], before)
+
+
+def test_what_may_not_decay_is_found_by_its_layer(make_recipe):
+    recipe = make_recipe(name="rtdetr", backbone={"weights": "none", "norm": "live"}, num_queries=5)
+    model = models.build(recipe, 4, device="meta", load_weights=False)
+    norms, biases = (models.not_decayed(model, [kind]) for kind in ("norms", "biases"))
+    layers = dict(model.named_modules())
+    kinds = {type(layers[name.rpartition(".")[0]]).__name__ for name in norms}
+    assert kinds == {"BatchNorm2d", "LayerNorm"}
+    assert {name.rpartition(".")[2] for name in norms} == {"weight", "bias"}
+    assert all(name.endswith("bias") for name in biases) and any("in_proj_bias" in name for name in biases)
+    assert not norms & biases and models.not_decayed(model, []) == set()
+    shapes = {name: p.dim() for name, p in model.named_parameters()}
+    left = {n for n, dims in shapes.items() if dims == 1} - norms - biases
+    assert not left and all(shapes[name] == 1 for name in norms | biases), "all of one dimension, and nothing else"

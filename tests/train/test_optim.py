@@ -52,3 +52,31 @@ def test_cosine_falls_from_one_to_its_floor():
     assert abs(factor(60) - 0.6) < 1e-12
     assert abs(factor(110) - 0.2) < 1e-12
     assert all(factor(s) >= factor(s + 1) for s in range(10, 110))
+
+
+def test_flat_cosine_stays_then_falls_then_stays():
+    """DEIM's 60 epochs: flat to the 34th, at half of it from the 58th on."""
+    shape = {"fall": (34 / 60, 58 / 60), "min_factor": 0.5, "warmup": "quadratic"}
+    factor = lr_schedule("flat_cosine", 600, warmup_steps=20, **shape)
+    assert factor(9) == 0.25 and factor(19) == 1.0, "the square of half of the way"
+    assert {factor(s) for s in range(20, 341)} == {1.0} and {factor(s) for s in range(580, 700)} == {0.5}
+    assert abs(factor(460) - 0.75) < 1e-12, "half of the fall"
+    assert all(factor(s) > factor(s + 1) for s in range(340, 580))
+
+
+def test_what_is_named_does_not_decay_and_the_rest_does():
+    parts = groups()
+    named = dict(parts["backbone"] + parts["heads"])
+    free = named["bias"]  # of the heads: the names are a real model's elsewhere
+    opt = build_optimizer(
+        {"heads": parts["heads"]}, lr=0.1, lr_backbone=0.1, weight_decay=0.5, betas=(0.9, 0.999), eps=1e-8,
+        no_decay={"bias"},
+    )  # fmt: skip
+    assert [(g["name"], g["weight_decay"]) for g in opt.param_groups] == [("heads", 0.5), ("heads", 0.0)]
+    weight, before = named["weight"], [p.detach().clone() for p in (named["weight"], free)]
+    for p in (weight, free):
+        p.grad = torch.zeros_like(p)
+    opt.step()
+    torch.testing.assert_close(weight.detach(), before[0] * (1 - 0.1 * 0.5))
+    assert torch.equal(free, before[1])
+    assert set_lr(opt, 0.5) == {"heads": 0.05} and {g["lr"] for g in opt.param_groups} == {0.05}
