@@ -2,11 +2,12 @@
 
 import importlib.util
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 
+from detr_accel import recipe as recipes
+from detr_accel.models import weights
 from detr_accel.train import replay
 from detr_accel.train.replay_report import place
 
@@ -90,12 +91,10 @@ def test_one_process_and_two_give_one_metric_ties_included(runs, tmp_path, tied)
     """``tied``: every query says the same of each class, so that the order decides everything."""
     if not (runs / "clean-of-one").exists():
         pytest.skip("once is enough")
-    checkpoint = tmp_path / "checkpoint"
-    shutil.copytree(runs / "clean" / "checkpoints" / "last", checkpoint)
+    loaded, checkpoint = weights.load(runs / "clean" / "checkpoints" / "last"), tmp_path / "checkpoint"
     if tied:
-        tensors = inject.load_file(checkpoint / "model.safetensors")
-        tensors["decoder.dec_score_head.1.weight"].zero_()
-        replay_with(checkpoint / "model.safetensors", tensors)
+        loaded.state_dict["decoder.dec_score_head.1.weight"].zero_()
+    weights.save(checkpoint, loaded.state_dict, recipes.dumps(loaded.recipe), loaded.classes, loaded.meta)
     launcher.coco_folder(tmp_path / "set", 2, 7)
     arguments = [str(checkpoint), str(tmp_path / "set")]
     for n in (1, 2):
