@@ -110,7 +110,7 @@ class Augment(Section):
     """Lengths of the short side to draw from."""
     scale_by: Literal["image", "window"] = "image"
     """Whether each image draws its own scale, as in DETR, or all images of a window (an optimizer step) share one: less
-    padding, and sizes from a finite set."""
+    padding, and short sides from a finite set; the canvas also depends on the shapes of the window's images."""
     max_size: Positive = 1333
     """Upper bound of the long side."""
     crop: Fraction = 0.5

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from detr_accel.data import augment, workers
+from detr_accel.data.cache import CachedSource
 from detr_accel.data.geometry import Augmentation, Demands, eval_plan, worst_canvas
 from detr_accel.data.opening import Splits
 from detr_accel.data.sampler import share, windows_per_epoch
@@ -46,8 +47,19 @@ def task_bytes(recipe: Recipe, source: Source, micro: int, device: torch.device)
     if not _on_device(recipe, device):
         height, width = _worst_canvas(recipe, source)
         return micro * height * width * (3 * 4 + 1)
-    sizes = [(10**6, 10**6)] if isinstance(source, StreamSource) else _sizes(source)
-    return micro * workers.decoded_bytes(sizes, _policy(recipe), _strong(recipe, len(source)))
+    if isinstance(source, StreamSource):  # of any shape that fits between the longest side and the short one
+        longest = recipe.data.augment.max_size / min(recipe.data.augment.max_size, max(recipe.data.augment.scales))
+        sizes, scaled = [(10**6, 10**6), (10**6, int(10**6 * longest))], True
+    else:
+        sizes, scaled = _sizes(source), _decoded_small(source)
+    return micro * workers.decoded_bytes(sizes, _policy(recipe), _strong(recipe, len(source)), scaled)
+
+
+def _decoded_small(source: Source) -> bool:
+    """Whether images come no larger than they are needed, as far as their names tell: only JPEG decoders do that."""
+    if isinstance(source, CachedSource):
+        return True
+    return all(source.name(i).lower().endswith((".jpg", ".jpeg")) for i in range(len(source)))
 
 
 def _worst_canvas(recipe: Recipe, source: Source) -> tuple[int, int]:
