@@ -160,12 +160,25 @@ def _parser() -> argparse.ArgumentParser:
 
     p = verb("doctor", _doctor, "where the time of a recipe's training goes, or what is installed", overrides=True)
     p.add_argument("recipe", nargs="?", help="train it for a minute, keep nothing, and say what holds it up")
-    p.add_argument("--seconds", type=float, default=60.0, help="how long to look (default: 60)")
+    p.add_argument("--seconds", type=_at_least(1.0), default=60.0, help="how long to look (default: 60)")
     p.add_argument("--apply", action="store_true", help="try the change that would help most; before and after")
     p.add_argument("--env", action="store_true", help="check the dependencies (what it does without a recipe)")
     p.add_argument("--offline", action="store_true", help="do not ask for newer releases")
     p.add_argument("--json", action="store_true")
     return parser
+
+
+def _at_least(least: int | float):
+    """A number of this one's type, refused below it (and where it is none, as ``nan``)."""
+
+    def read(text: str) -> int | float:
+        value = type(least)(text)
+        if not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not at least {least:g}")
+        return value
+
+    read.__name__ = "number"  # argparse says "invalid number value" of what is none
+    return read
 
 
 def _rehearse_options(p: argparse.ArgumentParser) -> None:
@@ -186,10 +199,10 @@ def _data_verbs(verb) -> None:
     )  # fmt: skip
     p.add_argument("data", help="a COCO folder, or a recipe (YAML), whose keys can then be set as key=value")
     p.add_argument("--out", type=Path, metavar="FOLDER", help="also write report.html, with pictures, and report.json")
-    p.add_argument("--workers", type=int, help="processes that decode (default: one for each core, at most 8)")
+    p.add_argument("--workers", type=_at_least(0), help="processes that decode (default: one for each core, at most 8)")
     p.add_argument("--preview", type=Path, metavar="OUT.png", help="instead: a contact sheet of what training will see")
     p.add_argument("--epoch", type=int, default=0, help="of the preview; the first one is 0")
-    p.add_argument("--images", type=int, default=12, help="of the preview (default: 12)")
+    p.add_argument("--images", type=_at_least(1), default=12, help="of the preview (default: 12)")
     p.add_argument("--json", action="store_true")
 
     p = verb("start", _start, "write a first recipe for a data set, each line with its reason")

@@ -418,6 +418,11 @@ class Recipe(Section):
         backbone = self.model.backbone
         if self.data.format == "coco" and self.data.root is None and self.data.train_annotations is None:
             raise ValueError("data.root is not set: give the folder of the data set, for example data.root=/data/coco")
+        if self.data.format == "shapes" and self.data.root is not None:
+            raise ValueError(
+                f"data.root is {self.data.root} while data.format is shapes, which reads no files: set "
+                "data.format=coco (or hub) too, or let `detr-accel start FOLDER` write a recipe for it"
+            )
         if self.data.format == "hub" and (self.data.root is None) == (self.data.hub.name is None):
             raise ValueError("set one of data.hub.name (a set on the Hub) and data.root (a folder or .parquet file)")
         augment = self.data.augment

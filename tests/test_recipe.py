@@ -189,3 +189,9 @@ def test_every_knob_says_what_it_means():
     knobs = [(f"{s}.{k}", p) for s, body in sections.items() for k, p in body["properties"].items()]
     silent = [name for name, p in knobs if "description" not in p]
     assert silent == []
+
+
+def test_a_folder_for_shapes_is_refused_instead_of_not_read(tmp_path):
+    (tmp_path / "r.yaml").write_text("data: {format: shapes}\n")
+    with pytest.raises(UserError, match="data.root is /data/mine while data.format is shapes.*data.format=coco"):
+        recipe.load(tmp_path / "r.yaml", ["data.root=/data/mine"])

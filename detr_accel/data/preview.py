@@ -62,8 +62,6 @@ def contact_sheet(
         title: the line above them.
     Returns:
         a picture; beneath each image its name, its size and which augmentations made it.
-    Raises:
-        UserError: an image cannot be decoded.
     """
     cells = [cell for cell, _ in zip(_cells(source, tasks, mean, std), range(images), strict=False)]
     columns = max(1, min(columns, len(cells)))
@@ -89,13 +87,22 @@ def _cells(
     source: Source, tasks: Iterable[Task], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Iterator[tuple[Image.Image, list[str]]]:
     for task in tasks:
-        batch = make_batch(source, task, mean, std)
-        for row, (index, plan) in enumerate(zip(task.indices, task.plans, strict=True)):
+        batch = make_batch(source, task, mean, std, leave_out=True)
+        place = dict(zip(batch.positions, range(len(batch)), strict=True))
+        for position, index, plan in zip(task.positions, task.indices, task.plans, strict=True):
+            if position not in place:  # cannot be read: training leaves its place empty, too
+                yield _blank(), [source.name(index), "cannot be read"]
+                continue
+            row = place[position]
             targets = batch.targets[row]
             h, w = targets.size_px
             boxes = f"{len(targets.labels)} box{'es' * (len(targets.labels) != 1)}"
             lines = [f"{source.name(index)}  {w}x{h}, {boxes}", ", ".join(plan.kinds) or "as DETR"]
             yield _draw(_levels(batch, row, mean, std), targets, source.classes), lines
+
+
+def _blank() -> Image.Image:
+    return Image.new("RGB", (_SIDE, _SIDE // 2), (200, 200, 200))
 
 
 def _levels(batch: Batch, row: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

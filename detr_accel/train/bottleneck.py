@@ -109,7 +109,7 @@ def _train(built: Parts, state: State, seconds: float) -> tuple[dict[str, float]
             begun_window = time.perf_counter()
             with clock.section("other"):
                 built.optimizer.zero_grad(set_to_none=True)
-                result = built.runner.run(batches)
+                result = built.runner.run(data.without_lost(batches)[0])
                 if result.failure or result.out_of_memory:
                     raise UserError(result.failure or "out of memory: set batch.micro=auto, which finds what fits")
                 with clock.section("optimizer"):

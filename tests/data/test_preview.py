@@ -73,3 +73,27 @@ def test_a_sheet_that_cannot_be_written_is_one_sentence(recipe, tmp_path, capsys
         assert cli.main(["check-data", str(recipe), "--preview", str(tmp_path / name), "--images", "1"]) == 2
         said = capsys.readouterr().err
         assert said.startswith(f"detr-accel: cannot write {tmp_path / name}: ") and said.count("\n") == 1
+
+
+def test_an_image_that_cannot_be_read_has_a_blank_place_and_the_others_are_shown(recipe, monkeypatch):
+    loaded = recipes.load(recipe)
+    source = data.build(loaded).train
+    plain = np.asarray(data.preview(loaded, source, epoch=0, images=8, mean=MEAN, std=STD)[0])
+    whole = type(source).sample
+
+    def sample(self, index, *args):
+        if index % 2:
+            raise UserError(f"image {index} cannot be read")
+        return whole(self, index, *args)
+
+    monkeypatch.setattr(type(source), "sample", sample)
+    sheet = np.asarray(data.preview(loaded, source, epoch=0, images=8, mean=MEAN, std=STD)[0])
+    gray = (sheet == 200).all(-1).mean()
+    assert 0.05 < gray < 0.6 and (plain == 200).all(-1).mean() < 0.01
+
+
+def test_numbers_that_cannot_be_are_refused(recipe, tmp_path, capsys):
+    for flag, value in (("--images", "0"), ("--images", "-3")):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["check-data", str(recipe), "--preview", str(tmp_path / "s.png"), flag, value])
+        assert stop.value.code == 2 and f"{value} is not at least" in capsys.readouterr().err

@@ -154,3 +154,12 @@ def test_the_command_tries_the_change_and_shows_before_and_after(tmp_path, monke
 def test_keys_without_a_recipe_are_refused(capsys):
     assert main(["doctor", "optim.lr=1"]) == 2
     assert "doctor RECIPE" in capsys.readouterr().err
+
+
+def test_windows_without_an_image_that_can_be_read_are_looked_at_as_training_does(tmp_path):
+    root = folder_of(tmp_path / "set", (64, 80), 24)
+    for number in range(0, 24, 3):
+        (root / "train" / f"{number}.jpg").write_bytes(b"no jpeg")
+    text = on_files(root).replace("batch: {size: 8, micro: 2}", "batch: {size: 2, micro: 1}")
+    found = look(text=text, seconds=1.0)
+    assert found.windows > 10
