@@ -263,7 +263,8 @@ class StreamTasks:
     """The micro-batches of one rank over windows [start_window, end_window), in order, as TrainTasks for a stream.
 
     Which images a window holds follows from the lanes alone. The canvas is that of the images this process reads: of
-    the whole window where it reads all of them, of its own part where it reads its own lanes.
+    the whole window where it reads all of them, of its own part where it reads its own lanes. Training then pads all
+    to the largest one (``Batch.padded``).
     """
 
     source: StreamSource

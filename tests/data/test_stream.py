@@ -94,6 +94,25 @@ def test_a_window_holds_the_same_images_for_any_number_of_processes(make, shards
                 assert target.boxes_cxcywh.equal(boxes[target.image_id]), "the same plan, wherever it is read"
 
 
+@pytest.mark.law1
+def test_padded_to_the_largest_canvas_images_are_those_of_one_process(make):
+    """A process that reads its own lanes knows its own images only; training pads to the largest canvas of all."""
+    recipe, splits = make(4)
+    alone = windows(recipe, splits.train)
+    together = [windows(recipe, splits.train, rank, 2) for rank in range(2)]
+    different = 0
+    for w, window in enumerate(alone):
+        wanted = {t.image_id: (i, m) for b in window for t, i, m in zip(b.targets, b.images, b.mask, strict=True)}
+        parts = [b for part in together for b in part[w]]
+        canvas_px = tuple(max(b.canvas_px[i] for b in parts) for i in range(2))
+        assert canvas_px == window[0].canvas_px
+        different += any(b.canvas_px != canvas_px for b in parts)
+        for b in (b.padded(canvas_px) for b in parts):
+            for target, image, mask in zip(b.targets, b.images, b.mask, strict=True):
+                assert image.equal(wanted[target.image_id][0]) and mask.equal(wanted[target.image_id][1])
+    assert different > 0
+
+
 def test_a_process_reads_its_own_shards_where_they_divide(make, monkeypatch):
     recipe, splits = make(4)
     opened, plain = [], datasets.distributed.split_dataset_by_node
