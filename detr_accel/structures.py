@@ -165,6 +165,14 @@ class Batch:
             positions=self.positions[cut], spent=None,
         )  # fmt: skip
 
+    def padded(self, canvas_px: tuple[int, int]) -> Batch:
+        """The same images on a canvas (h, w) that is at least as large."""
+        more = (0, canvas_px[1] - self.images.shape[-1], 0, canvas_px[0] - self.images.shape[-2])
+        if more == (0, 0, 0, 0):
+            return self
+        pad = torch.nn.functional.pad
+        return replace(self, images=pad(self.images, more), mask=pad(self.mask, more, value=True))
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         return replace(
             self,

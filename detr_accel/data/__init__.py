@@ -15,8 +15,8 @@ from detr_accel.data.collate import make_batch
 from detr_accel.data.device import PlannedBatch, ahead
 from detr_accel.data.dirt import Dirt
 from detr_accel.data.geometry import Demands, canvas, eval_plan, largest_first, resized
-from detr_accel.data.hub import Where
 from detr_accel.data.hub_columns import Columns
+from detr_accel.data.hub_where import Where
 from detr_accel.data.images import ImageFiles
 from detr_accel.data.layout import format_of
 from detr_accel.data.loader import without_lost, worker_death
@@ -46,9 +46,9 @@ from detr_accel.structures import Batch, UserError
 __all__ = [
     "Demands", "ImageFiles", "Loading", "PlannedBatch", "Room", "Source", "Splits", "StreamSource", "Subset",
     "all_share", "build", "cache_room", "check", "check_report", "demands", "describe", "eval_batches", "eval_source",
-    "first_recipe_for", "format_of", "in_any_order", "is_there", "loading", "preview", "share", "still_window",
-    "task_bytes", "total_windows", "train_windows", "who_reads_what", "windows_per_epoch", "with_cache",
-    "without_lost", "worker_death", "workers", "worst_window",
+    "first_recipe_for", "format_of", "in_any_order", "is_there", "loading", "odd_rows", "preview", "reads_its_own",
+    "share", "still_window", "task_bytes", "total_windows", "train_windows", "who_reads_what", "windows_per_epoch",
+    "with_cache", "without_lost", "worker_death", "workers", "worst_window",
 ]  # fmt: skip
 
 _TASKS_AHEAD = 16  # micro-batches of a stream, encoded
@@ -145,7 +145,7 @@ def eval_source(
         if recipe.data.format == "shapes":
             return _shapes(recipe, wanted)
         if recipe.data.format == "hub" and (wanted == "test" or recipe.data.hub.streaming):
-            return hub_opening.split_named(_asked(recipe), wanted)
+            return hub_opening.split_named(_asked(recipe), wanted, recipe.data.hub.streaming)
         return getattr(build(recipe, split_json), wanted)
     root = Path(folder if folder is not None else recipe.data.root or ".").expanduser()
     found = layout.find_jsons(root)
@@ -226,13 +226,22 @@ def in_any_order(recipe: Recipe, source: Source, num: int = 256) -> Source:
 
 def all_share(source: Source, num_images: int, num_ranks: int) -> bool:
     """Whether a window surely has images for every process: of a stream, each reads what its own lanes bring."""
-    own = isinstance(source, StreamSource) and source.own_lanes(0, num_ranks) is not None
-    return num_ranks == 1 or (num_images >= num_ranks and not own)
+    return num_ranks == 1 or (num_images >= num_ranks and not reads_its_own(source, num_ranks))
+
+
+def reads_its_own(source: Source, num_ranks: int) -> bool:
+    """Whether each of several processes sees its own images of a window only, and so knows its own canvas only."""
+    return num_ranks > 1 and isinstance(source, StreamSource) and source.own_lanes(0, num_ranks) is not None
 
 
 def who_reads_what(source: Source, num_ranks: int) -> list[str]:
     """What to say about a stream that several processes read."""
     return [stream.sharing(source, num_ranks)] if num_ranks > 1 and isinstance(source, StreamSource) else []
+
+
+def odd_rows(source: Source, start_window: int, end_window: int, name: str) -> list[str]:
+    """What was odd in the rows of a stream that this process read for these windows, a line a kind; else nothing."""
+    return source.odd(start_window, end_window, name) if isinstance(source, StreamSource) else []
 
 
 def _tasks(

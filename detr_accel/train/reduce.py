@@ -18,6 +18,14 @@ def all_reduce_sum(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor
 
 
+def all_reduce_max(tensor: Tensor, device: torch.device) -> Tensor:
+    """As ``all_reduce_sum``, each element's largest."""
+    tensor = tensor.to(device, non_blocking=True)
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
 class GradientReducer:
     """Sums ``.grad`` over processes after the window's last backward, in flat buckets of a fixed order.
 
