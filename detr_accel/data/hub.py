@@ -7,7 +7,9 @@ images stay in the memory-mapped Arrow file, as they were encoded, and are decod
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +29,7 @@ from detr_accel.structures import Classes, UserError
 VAL_NAMES = ("validation", "val", "valid", "dev")
 _ROWS = 1000  # of annotations in one step
 _CATEGORY, _FEW = "annotation.category", 0.01  # a larger share of boxes without a class is no accident
+_NO_ROWS = re.compile(r'Instruction "([^"]+)" corresponds to no data')  # the library's words
 _FILES = {".parquet": "parquet", ".arrow": "arrow"}
 
 
@@ -46,6 +49,12 @@ class Where:
         return self.path if self.config is None else f"{self.path} ({self.config})"
 
 
+def is_saved(where: Where) -> bool:
+    """Whether ``save_to_disk`` wrote the folder."""
+    path = Path(where.path)
+    return path.is_dir() and any((path / name).exists() for name in ("dataset_dict.json", "state.json"))
+
+
 def load(where: Where, streaming: bool = False) -> Mapping[str, Any]:
     """Open every split.
 
@@ -56,12 +65,12 @@ def load(where: Where, streaming: bool = False) -> Mapping[str, Any]:
     """
     import datasets
 
-    path = Path(where.path)
-    saved = path.is_dir() and any((path / name).exists() for name in ("dataset_dict.json", "state.json"))
+    path, saved = Path(where.path), is_saved(where)
     if saved and streaming:
         raise UserError(f"{where} was written by save_to_disk and is read in place: set data.hub.streaming=false")
     with _opening(where):
         if saved:
+            _check_saved(where)
             found = datasets.load_from_disk(where.path)
             return found if isinstance(found, Mapping) else {"train": found}
         if path.is_file():
@@ -71,6 +80,17 @@ def load(where: Where, streaming: bool = False) -> Mapping[str, Any]:
                 )
             return datasets.load_dataset(_FILES[path.suffix], data_files=where.path, streaming=streaming)
         return datasets.load_dataset(where.path, where.config, revision=where.revision, streaming=streaming)
+
+
+def _check_saved(where: Where) -> None:
+    """
+    Raises:
+        UserError: a split has no rows, which the library cannot open.
+    """
+    for path in sorted((*Path(where.path).glob("state.json"), *Path(where.path).glob("*/state.json"))):
+        if not json.loads(path.read_text(encoding="utf-8")).get("_data_files"):
+            split = "train" if path.parent == Path(where.path) else path.parent.name
+            raise hub_columns.no_rows(f"{where}, split {split}")
 
 
 def files(where: Where, split: str) -> list[str]:
@@ -115,6 +135,8 @@ class _opening:
         if error is None or isinstance(error, UserError) or not isinstance(error, Exception):
             return
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if empty := _NO_ROWS.search(reason):
+            raise hub_columns.no_rows(f"{self.where}, split {empty[1]}") from None
         if self.where.on_disk:
             what = "give a folder with parquet files, or with images and a metadata.jsonl, or a .parquet file"
         else:
@@ -160,12 +182,14 @@ class ArrowImages:
         return encoded(self.dataset[int(row)][self.column], f"{self.name}, row {row}")
 
     def files(self, rows: np.ndarray) -> Iterator[str]:
-        """Where the pixels of these rows lie."""
+        """Where the pixels of these rows lie; no image is read for it."""
         yield from (str(file["filename"]) for file in self.dataset.cache_files)
-        for row in rows.tolist():
-            name, data = self[row]
-            if data is None:
-                yield name
+        wanted = np.zeros(len(self.dataset), bool)
+        wanted[rows] = True
+        for number, some in enumerate(self.dataset.with_format("arrow").iter(batch_size=_ROWS)):
+            paths = hub_columns.paths(some.column(self.column))
+            mine = wanted[number * _ROWS : number * _ROWS + len(paths)]
+            yield from (path for path, of_mine in zip(paths, mine, strict=True) if of_mine and path)
 
 
 def undecoded(dataset: Any, column: str) -> Any:
@@ -254,13 +278,13 @@ def open_split(dataset: Any, asked: Columns, name: str, dirt: Dirt, classes: Cla
     Raises:
         UserError: a column is missing, nothing is left, or the policy is to stop.
     """
+    if not len(dataset):
+        raise hub_columns.no_rows(name)
     columns = hub_columns.resolve(dataset.features, asked, name)
     small = dataset.select_columns(columns.small).with_format("arrow")
     if columns.named and not columns.class_names:
         columns = _named(columns, classes, small, name)
     parts = [hub_columns.flatten(some, columns) for some in small.iter(batch_size=_ROWS)]
-    if not len(dataset):
-        raise UserError(f"{name} has no rows")
     _check_names(parts, asked, name)
     images = ArrowImages(dataset, columns.image, name)
     table, at, turned = _table(parts, columns, images, name, dirt)
@@ -271,12 +295,22 @@ def open_split(dataset: Any, asked: Columns, name: str, dirt: Dirt, classes: Cla
 
 
 def _named(columns: Columns, classes: Classes | None, small: Any, name: str) -> Columns:
-    """Categories that are strings: their names in alphabetical order."""
-    if classes is not None:
-        return replace(columns, class_names=tuple(str(n) for n in classes.names))
+    """Categories that are strings: their names in alphabetical order, or those of the training split.
+
+    Raises:
+        UserError: there are none; or some that training does not have, so that the figures would leave them out.
+    """
     names: set[str] = set()
     for some in small.iter(batch_size=_ROWS):
         names |= hub_columns.distinct(some, columns)
+    if classes is not None:
+        if new := sorted(names - set(classes.names)):
+            shown = ", ".join(map(repr, new[:5])) + (", ..." if len(new) > 5 else "")
+            raise UserError(
+                f"{name} has categories that the training split has not: {shown}; mend them, or list every class in "
+                "data.hub.class_names"
+            )
+        return replace(columns, class_names=tuple(str(n) for n in classes.names))
     if not names:
         raise UserError(f"{name} has no categories: there is nothing to detect")
     return replace(columns, class_names=tuple(sorted(names)))

@@ -370,6 +370,8 @@ def open_stream(
     Raises:
         UserError: what a stream cannot know is not told: class names, length.
     """
+    if length == 0 or (shard_rows is not None and not sum(shard_rows)):
+        raise hub_columns.no_rows(name)
     columns = hub_columns.resolve(_features(dataset), columns, name)
     if not columns.class_names:
         raise UserError(
@@ -384,8 +386,6 @@ def open_stream(
         raise UserError(f"{name} does not tell how many images it has: set data.hub.length to their number")
     if known is not None and length > known:
         raise UserError(f"{name} has {known} images, data.hub.length asks for {length}: lower it or leave it out")
-    if not length:
-        raise UserError(f"{name} has no rows")
     num = 1 if shard_rows is None else _lanes(dataset.num_shards) if lanes == "auto" else int(lanes)
     if num > dataset.num_shards:
         raise UserError(f"data.hub.lanes is {num}, but {name} has {dataset.num_shards} shards: lower it")
