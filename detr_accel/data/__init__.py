@@ -18,7 +18,7 @@ from detr_accel.data.geometry import Demands, canvas, eval_plan, largest_first, 
 from detr_accel.data.hub_columns import Columns
 from detr_accel.data.hub_where import Where
 from detr_accel.data.images import ImageFiles
-from detr_accel.data.layout import format_of
+from detr_accel.data.layout import format_of, is_hub_file
 from detr_accel.data.loader import without_lost, worker_death
 from detr_accel.data.opening import Splits, describe
 from detr_accel.data.preview import epoch_sheet
@@ -46,8 +46,9 @@ from detr_accel.structures import Batch, UserError
 __all__ = [
     "Demands", "ImageFiles", "Loading", "PlannedBatch", "Room", "Source", "Splits", "StreamSource", "Subset",
     "all_share", "build", "cache_room", "check", "check_report", "demands", "describe", "eval_batches", "eval_source",
-    "first_recipe_for", "format_of", "in_any_order", "is_there", "loading", "odd_rows", "preview", "reads_its_own",
-    "share", "still_window", "task_bytes", "total_windows", "train_windows", "who_reads_what", "windows_per_epoch",
+    "first_recipe_for", "format_of", "in_any_order", "is_hub_file", "is_there", "loading", "odd_rows", "preview",
+    "reads_its_own", "share", "still_window", "task_bytes", "total_windows", "train_windows", "who_reads_what",
+    "windows_per_epoch",
     "with_cache", "without_lost", "worker_death", "workers", "worst_window",
 ]  # fmt: skip
 
@@ -271,6 +272,8 @@ def first_recipe_for(root: Path, name: str) -> tuple[str, list[str]]:
     """
     format_ = layout.format_of(root)
     splits = build(Recipe.model_validate({"data": {"root": str(root), "format": format_}}))
+    for split, source in (("training", splits.train), ("validation", splits.val)):
+        opening.check_readable(source, split)
     return first_recipe.write(first_recipe.facts(splits.train, splits.val), name, str(root), format_), splits.found
 
 

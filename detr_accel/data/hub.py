@@ -47,12 +47,14 @@ class ArrowImages:
         return encoded(self.dataset[int(row)][self.column], f"{self.name}, row {row}", self.folder)
 
     def files(self, rows: np.ndarray) -> Iterator[str]:
-        """Where the pixels of these rows lie."""
+        """Where the pixels of these rows lie; no image is read for it."""
         yield from (str(file["filename"]) for file in self.dataset.cache_files)
-        for row in rows.tolist():
-            name, data = self[row]
-            if data is None:
-                yield name
+        wanted = np.zeros(len(self.dataset), bool)
+        wanted[rows] = True
+        for number, some in enumerate(self.dataset.with_format("arrow").iter(batch_size=_ROWS)):
+            paths = hub_columns.paths(some.column(self.column))
+            mine = wanted[number * _ROWS : number * _ROWS + len(paths)]
+            yield from (path for path, of_mine in zip(paths, mine, strict=True) if of_mine and path)
 
 
 def undecoded(dataset: Any, column: str) -> Any:
@@ -162,13 +164,13 @@ def open_split(
     Raises:
         UserError: a column is missing, nothing is left, or the policy is to stop.
     """
+    if not len(dataset):
+        raise hub_columns.no_rows(name)
     columns = hub_columns.resolve(dataset.features, asked, name)
     small = dataset.select_columns(columns.small).with_format("arrow")
     if columns.named and not columns.class_names:
         columns = _named(columns, classes, small, name)
     parts = [hub_columns.flatten(some, columns) for some in small.iter(batch_size=_ROWS)]
-    if not len(dataset):
-        raise UserError(f"{name} has no rows")
     check_names(parts, asked, name)
     images = ArrowImages(dataset, columns.image, name, folder)
     _look_for_files(images, len(dataset), dirt)
@@ -198,12 +200,22 @@ def _look_for_files(images: ArrowImages, num: int, dirt: Dirt) -> None:
 
 
 def _named(columns: Columns, classes: Classes | None, small: Any, name: str) -> Columns:
-    """Categories that are strings: their names in alphabetical order."""
-    if classes is not None:
-        return replace(columns, class_names=tuple(str(n) for n in classes.names))
+    """Categories that are strings: their names in alphabetical order, or those of the training split.
+
+    Raises:
+        UserError: there are none; or some that training does not have, so that the figures would leave them out.
+    """
     names: set[str] = set()
     for some in small.iter(batch_size=_ROWS):
         names |= hub_columns.distinct(some, columns)
+    if classes is not None:
+        if new := sorted(names - set(classes.names)):
+            shown = ", ".join(map(repr, new[:5])) + (", ..." if len(new) > 5 else "")
+            raise UserError(
+                f"{name} has categories that the training split has not: {shown}; mend them, or list every class in "
+                "data.hub.class_names"
+            )
+        return replace(columns, class_names=tuple(str(n) for n in classes.names))
     if not names:
         raise UserError(f"{name} has no categories: there is nothing to detect")
     return replace(columns, class_names=tuple(sorted(names)))

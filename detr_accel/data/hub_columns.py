@@ -275,6 +275,27 @@ def distinct(table: Any, columns: Columns) -> set[str]:
     return {name for name in pc.unique(fields[columns.category]).to_pylist() if name is not None}
 
 
+def paths(images: Any) -> list[str]:
+    """Of a column of images, the path of each that lies in a file of its own; "" of the others, and of empty cells.
+    The bytes are not looked at, only their lengths."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not pa.types.is_struct(images.type):
+        texts = pa.types.is_string(images.type) or pa.types.is_large_string(images.type)
+        return [path or "" for path in images.to_pylist()] if texts else [""] * len(images)
+    data, path = pc.struct_field(images, "bytes"), pc.struct_field(images, "path")
+    held = pc.fill_null(pc.greater(pc.binary_length(data), 0), False)
+    return pc.fill_null(pc.if_else(held, "", path), "").to_pylist()
+
+
+def no_rows(where: str) -> UserError:
+    """What to say of an empty split."""
+    return UserError(
+        f"{where} has no rows: fill it, or remove it and choose another (data.hub.train_split, data.hub.val_split)"
+    )
+
+
 # --- boxes
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from detr_accel.data import hub, hub_files, hub_where, opening, stream, stream_rows
+from detr_accel.data import hub, hub_files, hub_names, hub_where, opening, stream, stream_rows
 from detr_accel.data.check import Split
 from detr_accel.data.dirt import Dirt
 from detr_accel.data.hub import HubSource
@@ -33,6 +33,7 @@ class Asked:
     on_bad: str
 
     def split_names(self, splits: Mapping[str, Any]) -> tuple[str, str | None]:
+        hub_names.check(self.where, splits, self.columns)
         return hub_where.split_names(splits, self.train_split, self.val_split, self.where)
 
     def open(self, dataset: Any, split: str, dirt: Dirt, classes: Classes | None = None) -> HubSource:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from detr_accel.data.hub_columns import no_rows
 from detr_accel.structures import UserError
 
 VAL_NAMES = ("validation", "val", "valid", "dev")
+_NO_ROWS = re.compile(r'Instruction "([^"]+)" corresponds to no data')  # the library's words
 _FILES = {".parquet": "parquet", ".arrow": "arrow"}
 
 
@@ -45,11 +49,12 @@ def load(where: Where, streaming: bool = False) -> Mapping[str, Any]:
     """
     import datasets
 
-    path, saved = Path(where.path), _saved(where)
+    path, saved = Path(where.path), is_saved(where)
     if saved and streaming:
         raise UserError(f"{where} was written by save_to_disk and is read in place: set data.hub.streaming=false")
     with _opening(where):
         if saved:
+            _check_saved(where)
             found = datasets.load_from_disk(where.path)
             return found if isinstance(found, Mapping) else {"train": found}
         if path.is_file():
@@ -61,10 +66,21 @@ def load(where: Where, streaming: bool = False) -> Mapping[str, Any]:
         return datasets.load_dataset(where.path, where.config, revision=where.revision, streaming=streaming)
 
 
-def _saved(where: Where) -> bool:
-    """By ``save_to_disk``."""
+def is_saved(where: Where) -> bool:
+    """Whether ``save_to_disk`` wrote the folder."""
     path = Path(where.path)
     return path.is_dir() and any((path / name).exists() for name in ("dataset_dict.json", "state.json"))
+
+
+def _check_saved(where: Where) -> None:
+    """
+    Raises:
+        UserError: a split has no rows, which the library cannot open.
+    """
+    for path in sorted((*Path(where.path).glob("state.json"), *Path(where.path).glob("*/state.json"))):
+        if not json.loads(path.read_text(encoding="utf-8")).get("_data_files"):
+            split = "train" if path.parent == Path(where.path) else path.parent.name
+            raise no_rows(f"{where}, split {split}")
 
 
 def files(where: Where, split: str) -> list[str]:
@@ -80,14 +96,14 @@ def files(where: Where, split: str) -> list[str]:
 
 def split_list(where: Where) -> Mapping[str, Any]:
     """The splits by name, without fetching their files where that can be."""
-    return load(where, streaming=not (_saved(where) or Path(where.path).is_file()))
+    return load(where, streaming=not (is_saved(where) or Path(where.path).is_file()))
 
 
 def load_one(where: Where, split: str) -> Any:
     """One split whole, where the others are streamed: only its files are read."""
     import datasets
 
-    if _saved(where) or Path(where.path).is_file():
+    if is_saved(where) or Path(where.path).is_file():
         return load(where)[split]
     with _opening(where):
         builder = datasets.load_dataset_builder(where.path, where.config, revision=where.revision)
@@ -114,6 +130,8 @@ class _opening:
         if error is None or isinstance(error, UserError) or not isinstance(error, Exception):
             return
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if empty := _NO_ROWS.search(reason):
+            raise no_rows(f"{self.where}, split {empty[1]}") from None
         if self.where.on_disk:
             what = "give a folder with parquet files, or with images and a metadata.jsonl, or a .parquet file"
         else:

@@ -360,6 +360,8 @@ def open_stream(
     Raises:
         UserError: what a stream cannot know is not told: class names, length.
     """
+    if length == 0 or (shard_rows is not None and not sum(shard_rows)):
+        raise hub_columns.no_rows(name)
     columns = hub_columns.resolve(_features(dataset), asked, name)
     if not columns.class_names:
         raise UserError(
@@ -376,7 +378,7 @@ def open_stream(
     if length is None:
         raise UserError(f"{name} does not tell how many images it has: set data.hub.length to their number")
     if not length:
-        raise UserError(f"{name} has no rows")
+        raise hub_columns.no_rows(name)
     num = 1 if shard_rows is None else _lanes(dataset.num_shards) if lanes == "auto" else int(lanes)
     if num > dataset.num_shards:
         raise UserError(f"data.hub.lanes is {num}, but {name} has {dataset.num_shards} shards: lower it")
