@@ -137,7 +137,6 @@ def test_a_stream_that_changed_is_refused_on_resume(tmp_path, shapes):
 SIZES = ["data.augment.scales=[32, 48, 64, 80]", "data.augment.crop_scales=[60]", "data.augment.crop_size=[20, 50]"]
 
 
-@pytest.mark.law1
 @pytest.mark.law2
 def test_two_processes_train_the_same_images_of_a_stream_and_go_on_where_one_stopped(tmp_path, monkeypatch, shapes):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
