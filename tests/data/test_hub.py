@@ -1,6 +1,5 @@
 """Hugging Face data sets, in either layout, from parquet, folders or Arrow, are what the same COCO folder is."""
 
-import importlib.util
 import json
 import os
 import pickle
@@ -11,14 +10,13 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
+from shared import load_module
 
 from detr_accel import cli, data
 from detr_accel import recipe as recipes
 from detr_accel.structures import UserError
 
-_spec = importlib.util.spec_from_file_location("hub_sets", Path(__file__).with_name("hub_sets.py"))
-hub_sets = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(hub_sets)
+hub_sets = load_module(Path(__file__).with_name("hub_sets.py"))
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Odd cells, files and rows of a Hugging Face data set, whole and streamed: counted and left out, never a wrong box."""
 
-import importlib.util
 import math
 import random
 import shutil
@@ -9,15 +8,14 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from shared import load_module
 
 from detr_accel import data
 from detr_accel.data import hub, hub_columns, stream
 from detr_accel.data.dirt import Dirt
 from detr_accel.structures import UserError
 
-_spec = importlib.util.spec_from_file_location("hub_sets_dirt", Path(__file__).with_name("hub_sets.py"))
-hub_sets = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(hub_sets)
+hub_sets = load_module(Path(__file__).with_name("hub_sets.py"))
 
 NUM = 11
 KINDS = hub_sets.IMAGES | hub_sets.SIZES | {"objects": hub_sets.lists_of()}

@@ -1,20 +1,18 @@
 """Hugging Face sets with something wrong in the whole: names in another order, empty splits, no image to read."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
 
 import datasets
 import pytest
+from shared import load_module
 
 from detr_accel import cli, data
 from detr_accel import recipe as recipes
 from detr_accel.structures import UserError
 
-_spec = importlib.util.spec_from_file_location("hub_sets", Path(__file__).with_name("hub_sets.py"))
-hub_sets = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(hub_sets)
+hub_sets = load_module(Path(__file__).with_name("hub_sets.py"))
 
 CLASSES = ["cat", "dog", "emu"]
 

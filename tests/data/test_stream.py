@@ -1,6 +1,5 @@
 """A set that is streamed: every image once an epoch, the same for any number of processes, at any window at once."""
 
-import importlib.util
 import itertools
 import re
 import shutil
@@ -10,15 +9,14 @@ import datasets
 import datasets.distributed
 import numpy as np
 import pytest
+from shared import load_module
 
 from detr_accel import data
 from detr_accel import recipe as recipes
 from detr_accel.data import hub_columns, look, stream
 from detr_accel.structures import LoaderTime, UserError
 
-_spec = importlib.util.spec_from_file_location("hub_sets", Path(__file__).with_name("hub_sets.py"))
-hub_sets = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(hub_sets)
+hub_sets = load_module(Path(__file__).with_name("hub_sets.py"))
 
 NUM = 22  # with windows of 8: 8, 8, 6
 PER_EPOCH = 3

@@ -1,6 +1,5 @@
 """Whole trainings on Hugging Face data sets: map style and streamed, stopped and resumed, evaluated."""
 
-import importlib.util
 import io
 import json
 import os
@@ -10,6 +9,7 @@ from pathlib import Path
 import datasets
 import pytest
 from PIL import Image
+from shared import load_module
 
 from detr_accel import recipe as recipes
 from detr_accel.data.shapes import ShapesSource
@@ -18,15 +18,8 @@ from detr_accel.structures import UserError
 from detr_accel.train import loop
 from detr_accel.train.loop import train
 
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(f"{name}_hub", Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-inject, injected = load("injecting"), load("injected")
+inject = load_module(Path(__file__).with_name("injecting.py"))
+injected = load_module(Path(__file__).with_name("injected.py"))
 MORE = "schedule: {epochs: 3, kind: constant}\ncheckpoint: {every_steps: 2, keep: 9}\n"
 
 
