@@ -7,7 +7,7 @@ Sizes are (height, width) in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -18,6 +18,11 @@ import torch
 
 class UserError(ValueError):
     """A mistake the person can mend; the command line prints it as one sentence and exits with code 2."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager
@@ -35,7 +40,7 @@ def writing(path: str | Path, *also: type[Exception]) -> Iterator[None]:
         raise
     except (OSError, *also) as error:
         reason = error.strerror if isinstance(error, OSError) else None
-        reason = reason or (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = reason or first_line(error)
         raise UserError(f"cannot write {path}: {reason}; free space there or choose another path") from None
 
 
@@ -127,6 +132,11 @@ class LoaderTime:
 
     def __add__(self, other: LoaderTime) -> LoaderTime:
         return LoaderTime(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @classmethod
+    def of(cls, batches: Iterable[Batch]) -> LoaderTime:
+        """What the making of some batches took."""
+        return sum((b.spent for b in batches if b.spent is not None), cls())
 
     def per_image(self) -> ImageCost:
         n = max(1, self.images)

@@ -26,15 +26,15 @@ from detr_accel.data.read_ahead import Ahead
 from detr_accel.data.sampler import EvalTasks, Task, TrainTasks, shapes_of, share, windows_per_epoch
 from detr_accel.data.shapes import ShapesSource
 from detr_accel.data.sizes import (
-    _count,
-    _on_device,
-    _policy,
-    _sizes,
-    _strong,
+    base_policy,
     demands,
+    image_sizes,
     loading,
+    pixels_on_device,
+    strong_policy,
     task_bytes,
     total_windows,
+    worker_count,
     worst_window,
 )  # fmt: skip
 from detr_accel.data.source import Source, Subset
@@ -48,8 +48,7 @@ __all__ = [
     "all_share", "build", "cache_room", "check", "check_report", "demands", "describe", "eval_batches", "eval_source",
     "first_recipe_for", "format_of", "in_any_order", "is_hub_file", "is_there", "loading", "odd_rows", "preview",
     "reads_its_own", "share", "still_window", "task_bytes", "total_windows", "train_windows", "who_reads_what",
-    "windows_per_epoch",
-    "with_cache", "without_lost", "worker_death", "workers", "worst_window",
+    "windows_per_epoch", "with_cache", "without_lost", "worker_death", "workers", "worst_window",
 ]  # fmt: skip
 
 _TASKS_AHEAD = 16  # micro-batches of a stream, encoded
@@ -213,7 +212,7 @@ def train_windows(
     micro = recipe.batch.micro if micro is None else micro
     tasks = _tasks(recipe, source, micro, rank, num_ranks, start_window, end_window)
     device, streamed = torch.device(device), isinstance(source, StreamSource)
-    on_device, leave_out = _on_device(recipe, device), recipe.data.on_bad != "stop"
+    on_device, leave_out = pixels_on_device(recipe, device), recipe.data.on_bad != "stop"
     by = by or loading(recipe, source, micro=micro, num_ranks=num_ranks, device=device)[0]
     ordered = Ahead(tasks, _TASKS_AHEAD) if streamed else tasks
     batches = loader.batches(source, ordered, **_how(recipe, by, mean, std), on_device=on_device, leave_out=leave_out)
@@ -249,8 +248,8 @@ def _tasks(
     recipe: Recipe, source: Source, micro: int, rank: int, num_ranks: int, start: int, end: int,
     size: int | None = None, grouped: bool = True,
 ) -> TrainTasks | StreamTasks:  # fmt: skip
-    place = (_policy(recipe), size or recipe.batch.size, micro, recipe.seed, rank, num_ranks, start, end)
-    strong = _strong(recipe, len(source))
+    place = (base_policy(recipe), size or recipe.batch.size, micro, recipe.seed, rank, num_ranks, start, end)
+    strong = strong_policy(recipe, len(source))
     if isinstance(source, StreamSource):
         return StreamTasks(source, *place, strong)
     return TrainTasks(source, *place, shapes_of(source) if grouped and recipe.data.group_by_shape else None, strong)
@@ -315,8 +314,8 @@ _CACHES = "~/.cache/detr_accel"
 
 def _kept(recipe: Recipe, splits: Splits) -> list[tuple[Source, dict]]:
     """Both splits, and how their images are kept."""
-    d, policy = recipe.data, _policy(recipe)
-    strong = _strong(recipe, len(splits.train))
+    d, policy = recipe.data, base_policy(recipe)
+    strong = strong_policy(recipe, len(splits.train))
     whole = strong is not None and strong.crops_originals()
     first: Callable = lambda size: size if whole else largest_first(size, policy)  # noqa: E731
     settings = ("train", d.on_bad, policy.scales, policy.max_size, policy.crop > 0, policy.crop_scales)
@@ -361,9 +360,9 @@ def eval_batches(
     d, room = recipe.data, workers.room(queue_gib=recipe.data.queue_gib)
     tasks = EvalTasks(source, recipe.evaluate.batch, d.eval_size, d.eval_max_size, rank, num_ranks)
     leave_out = recipe.data.on_bad != "stop" and not keep_faults
-    sizes = [eval_plan(s, d.eval_size, d.eval_max_size).size_px for s in {*_sizes(source)}]
+    sizes = [eval_plan(s, d.eval_size, d.eval_max_size).size_px for s in {*image_sizes(source)}]
     canvas_px = max((h for h, _ in sizes), default=1) * max((w for _, w in sizes), default=1)
-    count = _count(recipe, room) if count is None else count
+    count = worker_count(recipe, room) if count is None else count
     by, _ = workers.within(count, d.prefetch, 1, recipe.evaluate.batch * canvas_px * (3 * 4 + 1), room)
     return loader.batches(source, tasks, **_how(recipe, by, mean, std), keep_faults=keep_faults, leave_out=leave_out)
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from detr_accel.structures import UserError
+from detr_accel.structures import UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def _parquet(name: str) -> File:
             file.seek(size - 8 - footer)
             digest = hashlib.sha256(file.read(footer)).hexdigest()
     except Exception as error:  # of Arrow, the file system or the network
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"{name} cannot be read as parquet: {reason}; fetch or write the file anew") from None
     return File(rows, f"{Path(name).name} {size} {digest}")
 

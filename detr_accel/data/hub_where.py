@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from detr_accel.data.hub_columns import no_rows
-from detr_accel.structures import UserError
+from detr_accel.structures import UserError, first_line
 
 VAL_NAMES = ("validation", "val", "valid", "dev")
 _NO_ROWS = re.compile(r'Instruction "([^"]+)" corresponds to no data')  # the library's words
@@ -129,7 +129,7 @@ class _opening:
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
         if error is None or isinstance(error, UserError) or not isinstance(error, Exception):
             return
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if empty := _NO_ROWS.search(reason):
             raise no_rows(f"{self.where}, split {empty[1]}") from None
         if self.where.on_disk:

@@ -73,12 +73,8 @@ def share(num: int, rank: int, num_ranks: int) -> range:
 
 
 @dataclass(frozen=True)
-class TrainTasks:
-    """The micro-batches of one rank over windows [start_window, end_window), in order.
-
-    Any start gives the tail of the run that began at 0. Canvas and geometry are those of the whole window, so they are
-    the same on every rank and for every ``micro``.
-    """
+class Windows:
+    """What every way of training has in common: one rank's micro-batches over windows [start_window, end_window)."""
 
     source: Source
     policy: Augmentation
@@ -89,13 +85,30 @@ class TrainTasks:
     num_ranks: int
     start_window: int
     end_window: int
-    shapes: np.ndarray | None = None  # of the images (``shapes_of``), where windows go by shape
-    strong: Strong | None = None  # augmentation beyond the policy
 
     def window_positions(self, window: int) -> range:
         """Global positions in the epoch, of all ranks."""
         at = window % windows_per_epoch(len(self.source), self.batch_size) * self.batch_size
         return range(at, min(at + self.batch_size, len(self.source)))
+
+    def num_tasks(self, window: int) -> int:
+        """Micro-batches of this rank in a window."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return sum(self.num_tasks(w) for w in range(self.start_window, self.end_window))
+
+
+@dataclass(frozen=True)
+class TrainTasks(Windows):
+    """The micro-batches of one rank, in order.
+
+    Any start gives the tail of the run that began at 0. Canvas and geometry are those of the whole window, so they are
+    the same on every rank and for every ``micro``.
+    """
+
+    shapes: np.ndarray | None = None  # of the images (``shapes_of``), where windows go by shape
+    strong: Strong | None = None  # augmentation beyond the policy
 
     def num_tasks(self, window: int) -> int:
         """Micro-batches of this rank in a window: 0 where a short window leaves it none."""
@@ -116,29 +129,43 @@ class TrainTasks:
             return order
         return by_shape(order, self.shapes, self.batch_size, self.seed, epoch)
 
-    def __len__(self) -> int:
-        return sum(self.num_tasks(w) for w in range(self.start_window, self.end_window))
-
     def _cut(self, window: int, epoch: int, order: np.ndarray) -> Iterator[Task]:
         positions = self.window_positions(window)
         indices = [int(order[p]) for p in positions]
-        scale = window_scale(seeds.generator(self.seed, seeds.WINDOW_SCALE, window), self.policy)
-        strong = self.strong.at(window) if self.strong is not None else None
-        plans = [self._plan(epoch, p, i, scale, strong) for p, i in zip(positions, indices, strict=True)]
+        plan = Planner(self.policy, self.strong, self.seed, window, epoch)
+        plans = [plan(self.source, p, i) for p, i in zip(positions, indices, strict=True)]
         size = canvas(plans)
         mine = share(len(positions), self.rank, self.num_ranks)
         for start in range(mine.start, mine.stop, self.micro):
             part = slice(start, min(start + self.micro, mine.stop))
             yield Task(window, epoch, tuple(positions[part]), tuple(indices[part]), tuple(plans[part]), size)
 
-    def _plan(self, epoch: int, position: int, index: int, scale: int | None, strong: Strong | None) -> Plan:
-        if strong is not None:
+
+class Planner:
+    """What is done to the images of one window.
+
+    Args:
+        strong: augmentation beyond the policy, of the whole training.
+    """
+
+    def __init__(self, policy: Augmentation, strong: Strong | None, seed: int, window: int, epoch: int) -> None:
+        self.policy, self.seed, self.epoch = policy, seed, epoch
+        self.scale = window_scale(seeds.generator(seed, seeds.WINDOW_SCALE, window), policy)
+        self.strong = strong.at(window) if strong is not None else None
+
+    def __call__(self, source: Source, position: int, index: int) -> Plan:
+        """
+        Args:
+            source: asked for sizes and boxes.
+            position, index: of the image, in the epoch and in the source.
+        """
+        if self.strong is not None:
             return strong_plan(
-                strong, self.source, self.policy, seed=self.seed, epoch=epoch, position=position, index=index,
-                scale=scale,
+                self.strong, source, self.policy, seed=self.seed, epoch=self.epoch, position=position, index=index,
+                scale=self.scale,
             )  # fmt: skip
-        rng = seeds.generator(self.seed, seeds.GEOMETRY, epoch, index)
-        return train_plan(rng, self.source.size_px(index), self.policy, scale)
+        rng = seeds.generator(self.seed, seeds.GEOMETRY, self.epoch, index)
+        return train_plan(rng, source.size_px(index), self.policy, self.scale)
 
 
 @dataclass(frozen=True)

@@ -31,28 +31,29 @@ def loading(
         and what to say where it is less than was asked for.
     """
     d, room = recipe.data, room or workers.room(queue_gib=recipe.data.queue_gib)
-    count = _count(recipe, room) if count is None else count
+    count = worker_count(recipe, room) if count is None else count
     tasks = -(-len(share(recipe.batch.size, 0, num_ranks)) // micro)
     if not count:
         return Loading(0, 1), None
     return workers.within(count, d.prefetch, tasks, task_bytes(recipe, source, micro, torch.device(device)), room)
 
 
-def _count(recipe: Recipe, room: Room) -> int:
+def worker_count(recipe: Recipe, room: Room) -> int:
+    """Loader processes that the recipe asks for; of auto, those to begin with."""
     return room.first if recipe.data.workers == "auto" else recipe.data.workers
 
 
 def task_bytes(recipe: Recipe, source: Source, micro: int, device: torch.device) -> int:
     """Of the largest micro-batch that can wait in a queue: float32 and mask, or the images as decoded."""
-    if not _on_device(recipe, device):
+    if not pixels_on_device(recipe, device):
         height, width = _worst_canvas(recipe, source)
         return micro * height * width * (3 * 4 + 1)
     if isinstance(source, StreamSource):  # of any shape that fits between the longest side and the short one
         longest = recipe.data.augment.max_size / min(recipe.data.augment.max_size, max(recipe.data.augment.scales))
         sizes, scaled = [(10**6, 10**6), (10**6, int(10**6 * longest))], True
     else:
-        sizes, scaled = _sizes(source), _decoded_small(source)
-    return micro * workers.decoded_bytes(sizes, _policy(recipe), _strong(recipe, len(source)), scaled)
+        sizes, scaled = image_sizes(source), _decoded_small(source)
+    return micro * workers.decoded_bytes(sizes, base_policy(recipe), strong_policy(recipe, len(source)), scaled)
 
 
 def _decoded_small(source: Source) -> bool:
@@ -65,10 +66,11 @@ def _decoded_small(source: Source) -> bool:
 def _worst_canvas(recipe: Recipe, source: Source) -> tuple[int, int]:
     if isinstance(source, StreamSource):
         return _with_strong(recipe, (recipe.data.augment.max_size,) * 2)
-    return _with_strong(recipe, worst_canvas(_sizes(source), _policy(recipe)))
+    return _with_strong(recipe, worst_canvas(image_sizes(source), base_policy(recipe)))
 
 
-def _on_device(recipe: Recipe, device: torch.device) -> bool:
+def pixels_on_device(recipe: Recipe, device: torch.device) -> bool:
+    """Whether loader processes only decode (``data.pixels``)."""
     return recipe.data.pixels == "device" or (recipe.data.pixels == "auto" and device.type == "cuda")
 
 
@@ -77,15 +79,15 @@ def worst_window(recipe: Recipe, source: Source) -> tuple[tuple[int, int], int]:
     a stream it is what the recipe allows, and as many boxes as there are queries."""
     if isinstance(source, StreamSource):
         return _worst_canvas(recipe, source), recipe.model.num_queries
-    strong = _strong(recipe, len(source))
+    strong = strong_policy(recipe, len(source))
     most = source.most_boxes()
     return _worst_canvas(recipe, source), most if strong is None else strong.most_boxes(most)
 
 
 def _with_strong(recipe: Recipe, canvas_px: tuple[int, int]) -> tuple[int, int]:
     """A canvas that also holds what the stronger augmentations make."""
-    strong = _strong(recipe, 1)
-    height, width = (0, 0) if strong is None else strong.worst_size(_policy(recipe))
+    strong = strong_policy(recipe, 1)
+    height, width = (0, 0) if strong is None else strong.worst_size(base_policy(recipe))
     return max(canvas_px[0], height), max(canvas_px[1], width)
 
 
@@ -103,7 +105,7 @@ def demands(recipe: Recipe, splits: Splits | None) -> Demands:
         canvas = _with_strong(recipe, (a.max_size, a.max_size))
         return Demands(canvas, recipe.model.num_queries, eval_canvas, 80, None, True)
     canvas, most_boxes = worst_window(recipe, splits.train)
-    sizes = [eval_plan(s, d.eval_size, d.eval_max_size).size_px for s in {*_sizes(splits.val)}]
+    sizes = [eval_plan(s, d.eval_size, d.eval_max_size).size_px for s in {*image_sizes(splits.val)}]
     if recipe.evaluate.batch > 1:
         eval_canvas = max(h for h, _ in sizes), max(w for _, w in sizes)
     else:
@@ -111,18 +113,21 @@ def demands(recipe: Recipe, splits: Splits | None) -> Demands:
     return Demands(canvas, most_boxes, eval_canvas, len(splits.train.classes), len(splits.train), False)
 
 
-def _sizes(source: Source) -> Iterator[tuple[int, int]]:
+def image_sizes(source: Source) -> Iterator[tuple[int, int]]:
+    """(h, w) of every image, in pixels."""
     return (source.size_px(i) for i in range(len(source)))
 
 
-def _policy(recipe: Recipe) -> Augmentation:
+def base_policy(recipe: Recipe) -> Augmentation:
+    """DETR's own augmentation."""
     a = recipe.data.augment
     return Augmentation(
         a.flip, tuple(a.scales), a.max_size, a.crop, tuple(a.crop_scales), tuple(a.crop_size), a.scale_by
     )
 
 
-def _strong(recipe: Recipe, num_images: int) -> augment.Strong | None:
+def strong_policy(recipe: Recipe, num_images: int) -> augment.Strong | None:
+    """What is done beyond it, over the whole training; None: nothing."""
     return augment.strong_of(total_windows(recipe, num_images), recipe.data.augment.model_dump())
 
 

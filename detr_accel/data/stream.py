@@ -19,15 +19,15 @@ import numpy as np
 
 from detr_accel.data import hub_columns
 from detr_accel.data import source as seeds
-from detr_accel.data.augment import Strong, strong_plan
+from detr_accel.data.augment import Strong
 from detr_accel.data.decode import read_rgb
 from detr_accel.data.dirt import Dirt
-from detr_accel.data.geometry import Augmentation, Plan, canvas, train_plan, window_scale
+from detr_accel.data.geometry import canvas
 from detr_accel.data.hub import undecoded
 from detr_accel.data.hub_columns import Columns
-from detr_accel.data.sampler import Task, share, windows_per_epoch
+from detr_accel.data.sampler import Planner, Task, Windows, share, windows_per_epoch
 from detr_accel.data.stream_rows import LOOKED_AT, Block, Reading, Row
-from detr_accel.structures import Classes, Sample, UserError
+from detr_accel.structures import Classes, Sample, UserError, first_line
 
 MOST_LANES = 16
 
@@ -158,7 +158,7 @@ class StreamSource:
                 only = only.with_format("arrow")
                 yield from (only.skip(first * size) if first else only).iter(batch_size=size)
         except Exception as error:  # of the network, the file system, Arrow or the library
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise UserError(
                 f"{self.title}: shard {shard} cannot be read on: {reason}; go on with --resume once it can"
             ) from error
@@ -259,29 +259,15 @@ class _Read:
 
 
 @dataclass(frozen=True)
-class StreamTasks:
-    """The micro-batches of one rank over windows [start_window, end_window), in order, as TrainTasks for a stream.
+class StreamTasks(Windows):
+    """The micro-batches of one rank, in order, as TrainTasks for a stream.
 
     Which images a window holds follows from the lanes alone. The canvas is that of the images this process reads: of
     the whole window where it reads all of them, of its own part where it reads its own lanes. Training then pads all
     to the largest one (``Batch.padded``).
     """
 
-    source: StreamSource
-    policy: Augmentation
-    batch_size: int
-    micro: int
-    seed: int
-    rank: int
-    num_ranks: int
-    start_window: int
-    end_window: int
     strong: Strong | None = None  # as of TrainTasks, without what needs a second image
-
-    def window_positions(self, window: int) -> range:
-        """Global positions in the epoch, of all ranks."""
-        at = window % windows_per_epoch(len(self.source), self.batch_size) * self.batch_size
-        return range(at, min(at + self.batch_size, len(self.source)))
 
     def _mine(self, positions: range) -> list[int]:
         lanes = self.source.own_lanes(self.rank, self.num_ranks)
@@ -292,9 +278,6 @@ class StreamTasks:
     def num_tasks(self, window: int) -> int:
         """Micro-batches of this rank in a window."""
         return -(-len(self._mine(self.window_positions(window))) // self.micro)
-
-    def __len__(self) -> int:
-        return sum(self.num_tasks(w) for w in range(self.start_window, self.end_window))
 
     def __iter__(self) -> Iterator[Task]:
         per_epoch = windows_per_epoch(len(self.source), self.batch_size)
@@ -316,22 +299,13 @@ class StreamTasks:
         positions = [p for p in self.window_positions(window) if int(self.source.lane_of[p]) in readers]
         rows = {p: self._next(readers[int(self.source.lane_of[p])], p) for p in positions}
         self.source.note(window, rows.values())
-        scale = window_scale(seeds.generator(self.seed, seeds.WINDOW_SCALE, window), self.policy)
-        strong = self.strong.at(window) if self.strong is not None else None
-        plans = {p: self._plan(_Read(rows), epoch, p, scale, strong) for p in rows}
+        plan, read = Planner(self.policy, self.strong, self.seed, window, epoch), _Read(rows)
+        plans = {p: plan(read, p, p) for p in rows}
         mine = self._mine(self.window_positions(window))
         size = canvas(list(plans.values())) if plans else (1, 1)
         for start in range(0, len(mine), self.micro):
             part = tuple(mine[start : start + self.micro])
             yield Task(window, epoch, part, tuple(rows[p] for p in part), tuple(plans[p] for p in part), size)
-
-    def _plan(self, read: _Read, epoch: int, position: int, scale: int | None, strong: Strong | None) -> Plan:
-        if strong is not None:
-            return strong_plan(
-                strong, read, self.policy, seed=self.seed, epoch=epoch, position=position, index=position, scale=scale
-            )
-        rng = seeds.generator(self.seed, seeds.GEOMETRY, epoch, position)
-        return train_plan(rng, read.size_px(position), self.policy, scale)
 
     def _next(self, reader: Iterator[Row], position: int) -> Row:
         row = next(reader, None)

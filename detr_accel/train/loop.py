@@ -146,7 +146,7 @@ def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal
     for micro_batches, wait_seconds, failure in _timed(windows, clock):
         begun = time.perf_counter()
         sinks.phases.watch((state.window + 1) % recipe.log.every == 0 or state.window + 1 == built.length.total)
-        loader = sum((b.spent for b in micro_batches if b.spent is not None), LoaderTime())
+        loader = LoaderTime.of(micro_batches)
         micro_batches, lost = data.without_lost(micro_batches)
         built.optimizer.zero_grad(set_to_none=True)
         micro_batches, result = turn.run(micro_batches, failure)
