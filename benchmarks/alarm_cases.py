@@ -35,8 +35,8 @@ sys.path.insert(0, str(ROOT))
 from detr_accel import data, monitor  # noqa: E402
 from detr_accel import recipe as recipes  # noqa: E402
 from detr_accel.data.shapes import ShapesSource  # noqa: E402
-from detr_accel.monitor.alarm_rules import MACHINE  # noqa: E402
 from detr_accel.monitor.alarms import judge_rows  # noqa: E402
+from detr_accel.monitor.machine_rules import MACHINE  # noqa: E402
 from detr_accel.structures import UserError  # noqa: E402
 from detr_accel.train.loop import train  # noqa: E402
 

@@ -250,12 +250,13 @@ def _check_data(args, overrides) -> int:
 
     from detr_accel import data
 
-    if not Path(args.data).is_dir():
+    path = Path(args.data)
+    if not path.is_dir() and not data.is_hub_file(path):
         recipe = recipes.load(args.data, overrides)
     elif overrides:
-        raise UserError(f"{args.data} is a folder, and {overrides[0]} needs a recipe to belong to: give a YAML file")
+        raise UserError(f"{args.data} is a data set, and {overrides[0]} needs a recipe to belong to: give a YAML file")
     else:
-        folder = {"root": args.data, "format": data.format_of(Path(args.data))}
+        folder = {"root": args.data, "format": data.format_of(path)}
         recipe = recipes.Recipe.model_validate({"data": folder})
     if args.preview:
         print(_preview(recipe, args))
@@ -290,7 +291,8 @@ def _start(args, _) -> int:
 
     from detr_accel import data
 
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", args.out.stem if args.out else args.folder.resolve().name).strip("-._")
+    own = args.folder.stem if data.is_hub_file(args.folder) else args.folder.resolve().name
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", args.out.stem if args.out else own).strip("-._")
     out = args.out or Path(f"{name or 'first'}.yaml")
     if out.exists():
         raise UserError(f"{out} is already there: remove it, or choose another with --out")

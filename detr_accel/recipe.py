@@ -76,10 +76,12 @@ class Data(Section):
     """Micro-batches that each worker keeps ready. ``auto``: enough for the next window, and at least 2."""
     queue_gib: Annotated[float, Field(gt=0)] = 2.0
     """Most memory of the batches that wait in the queues of a training process, in GiB, counted with the largest batch
-    that can come. Fewer are kept ready where they would take more, or more than memory and /dev/shm have."""
+    that can come; an evaluation's queue, while it runs, has the same limit of its own. Fewer are kept ready where they
+    would take more, or more than memory and /dev/shm have."""
     group_by_shape: bool = False
-    """A window holds tall, square or wide images, so that they do not pad each other: less memory and time, and the
-    same number of windows. Still random: the order within a shape and of the windows is drawn for each epoch."""
+    """A window holds tall, square or wide images, so that they pad each other less: less memory and time, and the same
+    number of windows. What counts is the shape that training sees, after the crop. Still random: the order within a
+    shape and of the windows is drawn for each epoch."""
     cache: Literal["none", "ram", "disk"] = "none"
     """Keep decoded images, no larger than they are needed, for the next epochs and runs. ``disk``: in cache_folder.
     ``ram``: in memory, shared by all processes, until the run ends. An epoch then reads no file and decodes nothing."""

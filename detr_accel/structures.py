@@ -7,7 +7,7 @@ Sizes are (height, width) in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -18,6 +18,11 @@ import torch
 
 class UserError(ValueError):
     """A mistake the person can mend; the command line prints it as one sentence and exits with code 2."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager
@@ -35,7 +40,7 @@ def writing(path: str | Path, *also: type[Exception]) -> Iterator[None]:
         raise
     except (OSError, *also) as error:
         reason = error.strerror if isinstance(error, OSError) else None
-        reason = reason or (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = reason or first_line(error)
         raise UserError(f"cannot write {path}: {reason}; free space there or choose another path") from None
 
 
@@ -128,6 +133,11 @@ class LoaderTime:
     def __add__(self, other: LoaderTime) -> LoaderTime:
         return LoaderTime(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
+    @classmethod
+    def of(cls, batches: Iterable[Batch]) -> LoaderTime:
+        """What the making of some batches took."""
+        return sum((b.spent for b in batches if b.spent is not None), cls())
+
     def per_image(self) -> ImageCost:
         n = max(1, self.images)
         return ImageCost(self.read / n, self.decode / n, self.pixels / n, self.decoded_px / max(1, self.used_px))
@@ -164,6 +174,14 @@ class Batch:
             self, images=self.images[cut], mask=self.mask[cut], targets=self.targets[cut], lost=(),
             positions=self.positions[cut], spent=None,
         )  # fmt: skip
+
+    def padded(self, canvas_px: tuple[int, int]) -> Batch:
+        """The same images on a canvas (h, w) that is at least as large."""
+        more = (0, canvas_px[1] - self.images.shape[-1], 0, canvas_px[0] - self.images.shape[-2])
+        if more == (0, 0, 0, 0):
+            return self
+        pad = torch.nn.functional.pad
+        return replace(self, images=pad(self.images, more), mask=pad(self.mask, more, value=True))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         return replace(

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "detr_accel").rglob("*.py"))
 FLOORS = [
-    {"structures", "boxes", "recipe", "recipe_augment", "recipe_parts", "recipe_model"},
+    {"structures", "boxes", "recipe", "recipe_augment", "recipe_parts", "recipe_model", "host"},
     {"data", "models", "evaluate", "monitor"},
     {"train", "infer"},
     {"cli"},

@@ -15,27 +15,27 @@ from detr_accel.data.collate import make_batch
 from detr_accel.data.device import PlannedBatch, ahead
 from detr_accel.data.dirt import Dirt
 from detr_accel.data.geometry import Demands, canvas, eval_plan, largest_first, resized
-from detr_accel.data.hub import Where
 from detr_accel.data.hub_columns import Columns
+from detr_accel.data.hub_where import Where
 from detr_accel.data.images import ImageFiles
-from detr_accel.data.layout import format_of
+from detr_accel.data.layout import format_of, is_hub_file
 from detr_accel.data.loader import without_lost, worker_death
 from detr_accel.data.opening import Splits, describe
 from detr_accel.data.preview import epoch_sheet
 from detr_accel.data.read_ahead import Ahead
-from detr_accel.data.sampler import EvalTasks, Task, TrainTasks, shapes_of, share, windows_per_epoch
+from detr_accel.data.sampler import EvalTasks, Task, TrainTasks, share, windows_per_epoch
 from detr_accel.data.shapes import ShapesSource
 from detr_accel.data.sizes import (
-    _count,
-    _evaluated,
-    _on_device,
-    _policy,
-    _sizes,
-    _strong,
+    base_policy,
     demands,
+    evaluated,
+    image_sizes,
     loading,
+    pixels_on_device,
+    strong_policy,
     task_bytes,
     total_windows,
+    worker_count,
     worst_window,
 )  # fmt: skip
 from detr_accel.data.source import Source, Subset
@@ -47,9 +47,9 @@ from detr_accel.structures import Batch, UserError
 __all__ = [
     "Demands", "ImageFiles", "Loading", "PlannedBatch", "Room", "Source", "Splits", "StreamSource", "Subset",
     "all_share", "build", "cache_room", "check", "check_report", "demands", "describe", "eval_batches", "eval_source",
-    "first_recipe_for", "format_of", "in_any_order", "is_there", "loading", "preview", "share", "still_window",
-    "task_bytes", "total_windows", "train_windows", "who_reads_what", "windows_per_epoch", "with_cache",
-    "without_lost", "worker_death", "workers", "worst_window",
+    "first_recipe_for", "format_of", "in_any_order", "is_hub_file", "is_there", "loading", "odd_rows", "preview",
+    "reads_its_own", "share", "still_window", "task_bytes", "total_windows", "train_windows", "who_reads_what",
+    "windows_per_epoch", "with_cache", "without_lost", "worker_death", "workers", "worst_window",
 ]  # fmt: skip
 
 _TASKS_AHEAD = 16  # micro-batches of a stream, encoded
@@ -146,7 +146,7 @@ def eval_source(
         if recipe.data.format == "shapes":
             return _shapes(recipe, wanted)
         if recipe.data.format == "hub" and (wanted == "test" or recipe.data.hub.streaming):
-            return hub_opening.split_named(_asked(recipe), wanted)
+            return hub_opening.split_named(_asked(recipe), wanted, recipe.data.hub.streaming)
         return getattr(build(recipe, split_json), wanted)
     root = Path(folder if folder is not None else recipe.data.root or ".").expanduser()
     found = layout.find_jsons(root)
@@ -173,7 +173,7 @@ def check(
     if recipe.data.format == "shapes":
         raise UserError("check-data looks at data sets of people; data.format is shapes, which are made on the fly")
     e, stride = recipe.data, 8 if recipe.model.name == "rtdetr" else 16 if recipe.model.backbone.dc5 else 32
-    model = checks.Model(stride, recipe.model.num_queries, *_evaluated(recipe))
+    model = checks.Model(stride, recipe.model.num_queries, *evaluated(recipe))
     if e.format == "hub":
         splits = hub_opening.to_check(_asked(recipe))
     else:
@@ -213,7 +213,7 @@ def train_windows(
     micro = recipe.batch.micro if micro is None else micro
     tasks = _tasks(recipe, source, micro, rank, num_ranks, start_window, end_window)
     device, streamed = torch.device(device), isinstance(source, StreamSource)
-    on_device, leave_out = _on_device(recipe, device), recipe.data.on_bad != "stop"
+    on_device, leave_out = pixels_on_device(recipe, device), recipe.data.on_bad != "stop"
     by = by or loading(recipe, source, micro=micro, num_ranks=num_ranks, device=device)[0]
     ordered = Ahead(tasks, _TASKS_AHEAD) if streamed else tasks
     batches = loader.batches(source, ordered, **_how(recipe, by, mean, std), on_device=on_device, leave_out=leave_out)
@@ -227,8 +227,12 @@ def in_any_order(recipe: Recipe, source: Source, num: int = 256) -> Source:
 
 def all_share(source: Source, num_images: int, num_ranks: int) -> bool:
     """Whether a window surely has images for every process: of a stream, each reads what its own lanes bring."""
-    own = isinstance(source, StreamSource) and source.own_lanes(0, num_ranks) is not None
-    return num_ranks == 1 or (num_images >= num_ranks and not own)
+    return num_ranks == 1 or (num_images >= num_ranks and not reads_its_own(source, num_ranks))
+
+
+def reads_its_own(source: Source, num_ranks: int) -> bool:
+    """Whether each of several processes sees its own images of a window only, and so knows its own canvas only."""
+    return num_ranks > 1 and isinstance(source, StreamSource) and source.own_lanes(0, num_ranks) is not None
 
 
 def who_reads_what(source: Source, num_ranks: int) -> list[str]:
@@ -236,15 +240,22 @@ def who_reads_what(source: Source, num_ranks: int) -> list[str]:
     return [stream.sharing(source, num_ranks)] if num_ranks > 1 and isinstance(source, StreamSource) else []
 
 
+def odd_rows(source: Source, start_window: int, end_window: int, name: str) -> list[str]:
+    """What was odd in the rows of a stream that this process read for these windows, a line a kind; else nothing."""
+    return source.odd(start_window, end_window, name) if isinstance(source, StreamSource) else []
+
+
 def _tasks(
     recipe: Recipe, source: Source, micro: int, rank: int, num_ranks: int, start: int, end: int,
     size: int | None = None, grouped: bool = True,
 ) -> TrainTasks | StreamTasks:  # fmt: skip
-    place = (_policy(recipe, len(source)), size or recipe.batch.size, micro, recipe.seed, rank, num_ranks, start, end)
-    strong = _strong(recipe, len(source))
+    place = (
+        base_policy(recipe, len(source)), size or recipe.batch.size, micro, recipe.seed, rank, num_ranks, start, end
+    )
+    strong = strong_policy(recipe, len(source))
     if isinstance(source, StreamSource):
         return StreamTasks(source, *place, strong)
-    return TrainTasks(source, *place, shapes_of(source) if grouped and recipe.data.group_by_shape else None, strong)
+    return TrainTasks(source, *place, grouped and recipe.data.group_by_shape, strong)
 
 
 def preview(
@@ -265,6 +276,8 @@ def first_recipe_for(root: Path, name: str, detector: str = "auto") -> tuple[str
     """
     format_ = layout.format_of(root)
     splits = build(Recipe.model_validate({"data": {"root": str(root), "format": format_}}))
+    for split, source in (("training", splits.train), ("validation", splits.val)):
+        opening.check_readable(source, split)
     found = first_recipe.facts(splits.train, splits.val)
     return first_recipe.write(found, name, str(root), format_, detector), splits.found
 
@@ -307,17 +320,17 @@ _CACHES = "~/.cache/detr_accel"
 
 def _kept(recipe: Recipe, splits: Splits) -> list[tuple[Source, dict]]:
     """Both splits, and how their images are kept."""
-    d, policy = recipe.data, _policy(recipe, len(splits.train))
-    strong = _strong(recipe, len(splits.train))
+    d, policy = recipe.data, base_policy(recipe, len(splits.train))
+    strong = strong_policy(recipe, len(splits.train))
     whole = strong is not None and strong.crops_originals()
     first: Callable = lambda size: size if whole else largest_first(size, policy)  # noqa: E731
     settings = ("train", d.on_bad, policy.scales, policy.max_size, policy.crop > 0, policy.crop_scales)
     settings += ("whole",) * whole + ("square",) * d.square + (policy.largest,) * (policy.largest > max(policy.scales))
-    evaluated: Callable = lambda size: resized(size, *_evaluated(recipe))  # noqa: E731
+    at_eval: Callable = lambda size: resized(size, *evaluated(recipe))  # noqa: E731
     in_val = ("val", d.on_bad, d.eval_size, d.eval_max_size) + ("square",) * d.square
     return [
         (splits.train, {"largest": first, "exact": False, "settings": settings}),
-        (splits.val, {"largest": evaluated, "exact": True, "settings": in_val}),
+        (splits.val, {"largest": at_eval, "exact": True, "settings": in_val}),
     ]
 
 
@@ -349,12 +362,12 @@ def eval_batches(
         count: loader processes, where data.workers is auto and they were measured.
     """
     d, room = recipe.data, workers.room(queue_gib=recipe.data.queue_gib)
-    short, long, square = _evaluated(recipe)
+    short, long, square = evaluated(recipe)
     tasks = EvalTasks(source, recipe.evaluate.batch, short, long, rank, num_ranks, square)
     leave_out = recipe.data.on_bad != "stop" and not keep_faults
-    sizes = [eval_plan(s, short, long, square).size_px for s in {*_sizes(source)}]
+    sizes = [eval_plan(s, short, long, square).size_px for s in {*image_sizes(source)}]
     canvas_px = max((h for h, _ in sizes), default=1) * max((w for _, w in sizes), default=1)
-    count = _count(recipe, room) if count is None else count
+    count = worker_count(recipe, room) if count is None else count
     by, _ = workers.within(count, d.prefetch, 1, recipe.evaluate.batch * canvas_px * (3 * 4 + 1), room)
     return loader.batches(source, tasks, **_how(recipe, by, mean, std), keep_faults=keep_faults, leave_out=leave_out)
 
@@ -376,7 +389,7 @@ def still_window(
         indices: into the source, of all ranks.
         micro: most images in a micro-batch.
     """
-    plans = [eval_plan(source.size_px(i), *_evaluated(recipe)) for i in indices]
+    plans = [eval_plan(source.size_px(i), *evaluated(recipe)) for i in indices]
     size, mine = canvas(plans), share(len(indices), rank, num_ranks)
     parts = [range(i, min(i + micro, mine.stop)) for i in range(mine.start, mine.stop, micro)]
     tasks = [Task(0, 0, tuple(p), tuple(indices[i] for i in p), tuple(plans[i] for i in p), size) for p in parts]

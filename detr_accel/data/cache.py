@@ -1,7 +1,8 @@
 """Decoded images in one memory-mapped file per split: read once, then shared by all workers and processes.
 
 FOLDER/KEY.pixels   uint8, all images one after the other, each [h, w, 3]
-FOLDER/KEY.npz      where each begins, its size (0 x 0: it could not be decoded), its boxes and labels; written last
+FOLDER/KEY.npz      where each begins, its size (0 x 0: it could not be decoded), its boxes and labels, and how many
+                    boxes were cut; written last
 FOLDER/KEY.lock     held by the process that builds
 
 KEY is a hash of the data (annotations, and size and time of every file) and of the sizes asked for, so whatever changes
@@ -16,22 +17,23 @@ import hashlib
 import os
 import shutil
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from detr_accel import host
 from detr_accel.data import pixels
 from detr_accel.data.geometry import Size
 from detr_accel.data.loader import start_worker
 from detr_accel.data.source import Source
 from detr_accel.structures import Sample, UserError, writing
 
-VERSION = 2
+VERSION = 3
 RAM = Path("/dev/shm/detr_accel")  # a file system in memory
 _SPARE = 0.9  # of what is free, at most
 
@@ -48,6 +50,7 @@ class CachedSource:
         with np.load(path.with_suffix(".npz")) as index:
             self._sizes, self._starts = index["sizes_px"], index["starts"]
             self._boxes, self._labels, self._ends = index["boxes_xyxy_px"], index["labels"], index["ends"]
+            self._num_cut = index["num_cut"]
         # "c": writable for torch's sake, and nothing written would reach the file
         self._pixels = np.memmap(path.with_suffix(".pixels"), np.uint8, mode="c")
         self.source = source
@@ -62,7 +65,8 @@ class CachedSource:
         start = self._starts[index]
         image = self._pixels[start : start + 3 * int(h) * int(w)].reshape(h, w, 3)
         cut = slice(self._ends[index - 1] if index else 0, self._ends[index])
-        return Sample(np.asarray(image), self.source.image_id(index), self._boxes[cut].copy(), self._labels[cut].copy())
+        boxes, labels = self._boxes[cut].copy(), self._labels[cut].copy()
+        return Sample(np.asarray(image), self.source.image_id(index), boxes, labels, int(self._num_cut[index]))
 
     def __getattr__(self, name: str):
         if name == "source":  # while it is being unpickled
@@ -153,15 +157,18 @@ def _key(source: Source, settings: object, exact: bool) -> str:
 def _whole(path: Path, sizes: np.ndarray) -> bool:
     try:
         expected = 3 * int(np.prod(sizes, axis=1, dtype=np.int64).sum())
-        return path.with_suffix(".npz").is_file() and path.with_suffix(".pixels").stat().st_size == expected
-    except OSError:
+        with np.load(path.with_suffix(".npz")) as index:  # reads all of it, against its checksums
+            whole = {name: len(index[name]) for name in index.files}
+        same = whole["ends"] == whole["num_cut"] == len(sizes)
+        return same and path.with_suffix(".pixels").stat().st_size == expected
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # not there, or damaged: built anew
         return False
 
 
 def _check_room(folder: Path, kind: str, gib: float) -> None:
     free = shutil.disk_usage(folder).free
     if kind == "ram":
-        free = min(free, psutil.virtual_memory().available)
+        free = min(free, host.free_bytes())
     if gib * 2**30 > _SPARE * free:
         place = "memory" if kind == "ram" else str(folder)
         other = "data.cache=disk or none" if kind == "ram" else "data.cache=none, or data.cache_folder on a larger disk"
@@ -188,7 +195,7 @@ class _Images(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple[int, np.ndarray, np.ndarray] | None:
+    def __getitem__(self, index: int) -> tuple[int, np.ndarray, np.ndarray, int] | None:
         h, w = map(int, self.sizes[index])
         try:
             sample = self.source.sample(index, None if self.exact else (h, w))
@@ -199,7 +206,7 @@ class _Images(Dataset):
         with open(self.file, "r+b") as file:  # not a mapping: a full disk is an error, not a signal
             file.seek(start)
             file.write(np.ascontiguousarray(image).tobytes())
-        return index, sample.boxes_xyxy_px, sample.labels
+        return index, sample.boxes_xyxy_px, sample.labels, sample.num_cut
 
 
 def _build(source: Source, path: Path, sizes: np.ndarray, exact: bool, workers: int, progress: Callable) -> None:
@@ -212,6 +219,7 @@ def _build(source: Source, path: Path, sizes: np.ndarray, exact: bool, workers: 
         file.truncate(int(counts.sum()))
     boxes = [np.zeros((0, 4), np.float32)] * len(source)
     labels = [np.zeros(0, np.int64)] * len(source)
+    num_cut = np.zeros(len(source), np.int32)
     sizes = sizes.copy()
     images = DataLoader(
         _Images(source, temporary, sizes.copy(), starts, exact), batch_size=None, num_workers=workers,
@@ -221,14 +229,16 @@ def _build(source: Source, path: Path, sizes: np.ndarray, exact: bool, workers: 
         if row is None:
             sizes[index] = 0
         else:
-            _, boxes[index], labels[index] = row
+            _, boxes[index], labels[index], num_cut[index] = row
     os.replace(temporary, path.with_suffix(".pixels"))
     beside = path.with_suffix(".index.tmp")
     with open(beside, "wb") as file:
         np.savez(
             file, sizes_px=sizes, starts=starts, boxes_xyxy_px=np.concatenate(boxes), labels=np.concatenate(labels),
-            ends=np.cumsum([len(rows) for rows in labels]),
+            ends=np.cumsum([len(rows) for rows in labels]), num_cut=num_cut,
         )  # fmt: skip
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(beside, path.with_suffix(".npz"))
 
 

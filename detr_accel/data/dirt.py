@@ -49,7 +49,9 @@ KINDS: dict[str, Kind] = {
         "image records of one file with different sizes", "left out, with their annotations", harm=True
     ),
     "image.size": Kind("image records with an absurd size", "the size is read from the file", _WITH),
-    "image.objects": Kind("images whose boxes and categories differ in number", "left out", harm=True),
+    "image.objects": Kind(
+        "images without objects, or with boxes and categories that differ in number", "left out", harm=True
+    ),
     "image.no_size": Kind("images without a size, in the json or in the file", _WITH, harm=True),
     "annotation.record": Kind("annotations that are no objects", _OUT, harm=True),
     "annotation.image": Kind("annotations of an image that is not listed", _OUT, harm=True),

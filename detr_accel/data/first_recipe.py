@@ -1,4 +1,4 @@
-"""A first recipe for a folder: about fifteen lines, each with its reason from the data."""
+"""A first recipe for a folder: about thirty short lines, each setting with its reason from the data."""
 
 from __future__ import annotations
 

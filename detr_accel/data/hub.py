@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,128 +20,13 @@ from detr_accel.data.box_formats import READINGS
 from detr_accel.data.coco import CocoSource
 from detr_accel.data.coco_json import Strings, Table
 from detr_accel.data.decode import header, read_rgb
-from detr_accel.data.dirt import Dirt
+from detr_accel.data.dirt import EXAMPLES, Dirt
 from detr_accel.data.hub_columns import Columns, Flat
+from detr_accel.data.layout import MOST_MISSING
 from detr_accel.structures import Classes, UserError
 
-VAL_NAMES = ("validation", "val", "valid", "dev")
 _ROWS = 1000  # of annotations in one step
 _CATEGORY, _FEW = "annotation.category", 0.01  # a larger share of boxes without a class is no accident
-_FILES = {".parquet": "parquet", ".arrow": "arrow"}
-
-
-@dataclass(frozen=True)
-class Where:
-    """A data set: ``path`` is a folder, a .parquet or .arrow file, or a name on the hub."""
-
-    path: str
-    config: str | None = None
-    revision: str | None = None
-
-    @property
-    def on_disk(self) -> bool:
-        return Path(self.path).exists()
-
-    def __str__(self) -> str:
-        return self.path if self.config is None else f"{self.path} ({self.config})"
-
-
-def load(where: Where, streaming: bool = False) -> Mapping[str, Any]:
-    """Open every split.
-
-    Returns:
-        split -> ``datasets.Dataset``, or ``datasets.IterableDataset`` when streaming.
-    Raises:
-        UserError: nothing there, no network, or not a data set.
-    """
-    import datasets
-
-    path = Path(where.path)
-    saved = path.is_dir() and any((path / name).exists() for name in ("dataset_dict.json", "state.json"))
-    if saved and streaming:
-        raise UserError(f"{where} was written by save_to_disk and is read in place: set data.hub.streaming=false")
-    with _opening(where):
-        if saved:
-            found = datasets.load_from_disk(where.path)
-            return found if isinstance(found, Mapping) else {"train": found}
-        if path.is_file():
-            if path.suffix not in _FILES:
-                raise UserError(
-                    f"{where} is no .parquet or .arrow file: set data.root to one, or to the folder of a data set"
-                )
-            return datasets.load_dataset(_FILES[path.suffix], data_files=where.path, streaming=streaming)
-        return datasets.load_dataset(where.path, where.config, revision=where.revision, streaming=streaming)
-
-
-def files(where: Where, split: str) -> list[str]:
-    """The files of a split, paths or URLs, in the order of the shards."""
-    import datasets
-
-    if Path(where.path).is_file():
-        return [where.path]
-    with _opening(where):
-        builder = datasets.load_dataset_builder(where.path, where.config, revision=where.revision)
-        return [str(name) for name in (builder.config.data_files or {}).get(split, [])]
-
-
-def load_one(where: Where, split: str) -> Any:
-    """One split whole, where the others are streamed: only its files are read."""
-    import datasets
-
-    if Path(where.path).is_file():
-        return load(where)[split]
-    with _opening(where):
-        builder = datasets.load_dataset_builder(where.path, where.config, revision=where.revision)
-        of_split = {split: list(builder.config.data_files[split])}
-        return datasets.load_dataset(builder.name, data_files=of_split, features=builder.info.features)[split]
-
-
-def told_length(dataset: Any, split: str) -> int | None:
-    """How many rows a streamed set says it has, where its card tells."""
-    known = (dataset.info.splits or {}).get(split)
-    return known.num_examples if known is not None and known.num_examples else None
-
-
-class _opening:
-    """Whatever the library raises, as one sentence."""
-
-    def __init__(self, where: Where) -> None:
-        self.where = where
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
-        if error is None or isinstance(error, UserError) or not isinstance(error, Exception):
-            return
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if self.where.on_disk:
-            what = "give a folder with parquet files, or with images and a metadata.jsonl, or a .parquet file"
-        else:
-            what = (
-                "check data.hub.name; on a machine without network, fetch it elsewhere and set data.root to the folder"
-            )
-        raise UserError(f"the data set {self.where} cannot be opened: {reason}; {what}") from None
-
-
-def split_names(splits: Mapping[str, Any], train: str, val: str | None, where: Where) -> tuple[str, str | None]:
-    """Which splits to train and to validate on; the latter None where there is a single one.
-
-    Args:
-        val: None takes the first of VAL_NAMES.
-    Raises:
-        UserError: a split is not there; names those that are.
-    """
-    there = ", ".join(splits)
-    if train not in splits:
-        if len(splits) != 1:
-            raise UserError(f"{where} has no split {train!r} ({there}): set data.hub.train_split")
-        (train,) = splits
-    if val is None:
-        return train, next((name for name in VAL_NAMES if name in splits and name != train), None)
-    if val not in splits:
-        raise UserError(f"{where} has no split {val!r} ({there}): set data.hub.val_split")
-    return train, val
 
 
 class ArrowImages:
@@ -150,22 +35,26 @@ class ArrowImages:
     Args:
         dataset: ``datasets.Dataset``.
         column: of the images: ``datasets.Image``, bytes, or paths.
+        folder: of relative paths.
     """
 
-    def __init__(self, dataset: Any, column: str, name: str) -> None:
+    def __init__(self, dataset: Any, column: str, name: str, folder: str | None = None) -> None:
         self.dataset, self.column, self.name = undecoded(dataset, column).select_columns([column]), column, name
+        self.folder = folder
 
     def __getitem__(self, row: int) -> tuple[str, bytes | None]:
         """The name of an image, or its path where the file holds no bytes, and the bytes."""
-        return encoded(self.dataset[int(row)][self.column], f"{self.name}, row {row}")
+        return encoded(self.dataset[int(row)][self.column], f"{self.name}, row {row}", self.folder)
 
     def files(self, rows: np.ndarray) -> Iterator[str]:
-        """Where the pixels of these rows lie."""
+        """Where the pixels of these rows lie; no image is read for it."""
         yield from (str(file["filename"]) for file in self.dataset.cache_files)
-        for row in rows.tolist():
-            name, data = self[row]
-            if data is None:
-                yield name
+        wanted = np.zeros(len(self.dataset), bool)
+        wanted[rows] = True
+        for number, some in enumerate(self.dataset.with_format("arrow").iter(batch_size=_ROWS)):
+            paths = hub_columns.paths(some.column(self.column))
+            mine = wanted[number * _ROWS : number * _ROWS + len(paths)]
+            yield from (path for path, of_mine in zip(paths, mine, strict=True) if of_mine and path)
 
 
 def undecoded(dataset: Any, column: str) -> Any:
@@ -177,19 +66,37 @@ def undecoded(dataset: Any, column: str) -> Any:
     return dataset
 
 
-def encoded(cell: Any, name: str) -> tuple[str, bytes | None]:
+def encoded(cell: Any, name: str, folder: str | None = None) -> tuple[str, bytes | None]:
     """A cell of an image column, as name or path, and bytes.
 
+    Args:
+        folder: what a relative path starts from; None leaves it as it is.
     Raises:
         UserError: it is empty.
     """
     if isinstance(cell, dict):
         cell = cell.get("bytes") or cell.get("path")
-    if isinstance(cell, str):
-        return cell, None
+    if isinstance(cell, str) and cell:
+        return (cell if folder is None or "://" in cell else os.path.join(folder, cell)), None
     if not isinstance(cell, bytes):
         raise UserError(f"{name} has no image: remove the row")
     return name, cell
+
+
+def refuse_missing(cells: list[tuple[str, bytes | None]], name: str, folder: str | None) -> list[str]:
+    """The paths of images, as ``encoded``, that are not there.
+
+    Raises:
+        UserError: more than MOST_MISSING of them.
+    """
+    missing = [path for path, data in cells if data is None and not os.path.isfile(path)]
+    if len(missing) > MOST_MISSING * len(cells):
+        where = f"relative paths start from {folder}" if folder is not None else "it holds paths and not the images"
+        raise UserError(
+            f"{name}: {len(missing)} of {len(cells)} image files looked at are not there, the first: {missing[0]}; "
+            f"{where}: put the images there, or write the set with the images inside"
+        )
+    return missing
 
 
 class HubSource(CocoSource):
@@ -243,7 +150,9 @@ class HubSource(CocoSource):
         return read_rgb(name, None if self.turned[row] else size_px, at_least_px, data, scale=self.scale)
 
 
-def open_split(dataset: Any, asked: Columns, name: str, dirt: Dirt, classes: Classes | None = None) -> HubSource:
+def open_split(
+    dataset: Any, asked: Columns, name: str, dirt: Dirt, classes: Classes | None = None, folder: str | None = None
+) -> HubSource:
     """Read a split's annotations.
 
     Args:
@@ -251,18 +160,20 @@ def open_split(dataset: Any, asked: Columns, name: str, dirt: Dirt, classes: Cla
         name: for messages.
         dirt: counts what is odd, and decides.
         classes: of the training split; the names must be the same.
+        folder: of relative paths of images.
     Raises:
         UserError: a column is missing, nothing is left, or the policy is to stop.
     """
+    if not len(dataset):
+        raise hub_columns.no_rows(name)
     columns = hub_columns.resolve(dataset.features, asked, name)
     small = dataset.select_columns(columns.small).with_format("arrow")
     if columns.named and not columns.class_names:
         columns = _named(columns, classes, small, name)
     parts = [hub_columns.flatten(some, columns) for some in small.iter(batch_size=_ROWS)]
-    if not len(dataset):
-        raise UserError(f"{name} has no rows")
-    _check_names(parts, asked, name)
-    images = ArrowImages(dataset, columns.image, name)
+    check_names(parts, asked, name)
+    images = ArrowImages(dataset, columns.image, name, folder)
+    _look_for_files(images, len(dataset), dirt)
     table, at, turned = _table(parts, columns, images, name, dirt)
     own = Classes(columns.class_names, tuple(range(len(columns.class_names))))
     if classes is not None and classes.names != own.names:
@@ -270,13 +181,41 @@ def open_split(dataset: Any, asked: Columns, name: str, dirt: Dirt, classes: Cla
     return HubSource(table, images, own, at, turned, dirt.policy == "mend")
 
 
+def _look_for_files(images: ArrowImages, num: int, dirt: Dirt) -> None:
+    """Whether the files of a set that holds paths are there, of some of its rows."""
+    cells = []
+    for row in range(0, num, -(-num // settle.LOOKED_AT)):
+        try:
+            cells.append(images[row])
+        except UserError:  # an empty cell: told when its turn comes
+            continue
+    try:
+        missing = refuse_missing(cells, images.name, images.folder)
+    except UserError:
+        if not dirt.look:
+            raise
+        missing = [path for path, data in cells if data is None and not os.path.isfile(path)]
+    if missing:
+        dirt.note("image.missing", f"{images.name}: {missing[0]} is not there", len(missing), missing[:EXAMPLES])
+
+
 def _named(columns: Columns, classes: Classes | None, small: Any, name: str) -> Columns:
-    """Categories that are strings: their names in alphabetical order."""
-    if classes is not None:
-        return replace(columns, class_names=tuple(str(n) for n in classes.names))
+    """Categories that are strings: their names in alphabetical order, or those of the training split.
+
+    Raises:
+        UserError: there are none; or some that training does not have, so that the figures would leave them out.
+    """
     names: set[str] = set()
     for some in small.iter(batch_size=_ROWS):
         names |= hub_columns.distinct(some, columns)
+    if classes is not None:
+        if new := sorted(names - set(classes.names)):
+            shown = ", ".join(map(repr, new[:5])) + (", ..." if len(new) > 5 else "")
+            raise UserError(
+                f"{name} has categories that the training split has not: {shown}; mend them, or list every class in "
+                "data.hub.class_names"
+            )
+        return replace(columns, class_names=tuple(str(n) for n in classes.names))
     if not names:
         raise UserError(f"{name} has no categories: there is nothing to detect")
     return replace(columns, class_names=tuple(sorted(names)))
@@ -286,7 +225,7 @@ def _rows_of(part: Flat) -> np.ndarray:
     return np.repeat(np.arange(len(part.counts)), part.counts)
 
 
-def _check_names(parts: list[Flat], asked: Columns, name: str) -> None:
+def check_names(parts: list[Flat], asked: Columns, name: str) -> None:
     """
     Raises:
         UserError: the recipe names fewer classes than the set uses. A few odd categories are dirt.
@@ -294,7 +233,7 @@ def _check_names(parts: list[Flat], asked: Columns, name: str) -> None:
     if not asked.class_names:
         return
     odd = [(n, a, text) for n, part in enumerate(parts) for a, (kind, text) in part.bad.items() if kind == _CATEGORY]
-    if len(odd) > _FEW * sum(len(part.labels) for part in parts):
+    if len(odd) > max(1, _FEW * sum(len(part.labels) for part in parts)):
         number, a, text = odd[0]
         raise UserError(f"{name}, row {number * _ROWS + _rows_of(parts[number])[a]}: {text}")
 
@@ -329,7 +268,7 @@ def _table(
         raise UserError(f"{name}: none of its images can be used: {next(iter(dirt.examples.values()))[0]}")
     if gone.any():
         table = settle.regroup(table, np.where(gone, -1, np.arange(len(gone))))
-    table = settle.settle_boxes(table, dirt, _remedies(columns.box_format))
+    table = settle.settle_boxes(table, dirt, remedies(columns.box_format))
 
     def picture(row: int) -> tuple[str, bytes | None] | None:
         try:
@@ -376,7 +315,7 @@ def _headers(
     return gone, turned
 
 
-def _remedies(box_format: str) -> dict[str, str]:
+def remedies(box_format: str) -> dict[str, str]:
     """What to set where the boxes look like something else than COCO's."""
     if box_format != "xywh_px":
         return {"": f"data.hub.box_format={box_format} does not fit them"}

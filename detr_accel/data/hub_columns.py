@@ -79,6 +79,8 @@ def resolve(features: Mapping[str, Any], asked: Columns, where: str) -> Columns:
     fields = _fields(features, asked.objects, where)
     box = _pick(fields, asked.box, BOX_NAMES, "box", where)
     category = _pick(fields, asked.category, CATEGORY_NAMES, "category", where)
+    if _inner(fields[box]) is None:
+        raise UserError(f"{where}: {box!r} does not hold lists of four numbers: set data.hub.box to what does")
     names, kind = asked.class_names, fields[category]
     own = tuple(kind.names) if isinstance(kind, datasets.ClassLabel) and kind.names else ()
     if own and names and names != own:
@@ -172,7 +174,8 @@ def flatten(table: Any, columns: Columns) -> Flat:
 
 
 def _objects(table: Any, columns: Columns, faults: dict[int, str]) -> tuple[np.ndarray, dict[str, Any]]:
-    """Boxes of each image, and each field over all of them. A row whose fields differ in length counts as empty."""
+    """Boxes of each image, and each field over all of them. A row without objects (null), or whose fields differ in
+    length, counts as empty and is a fault."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -182,13 +185,17 @@ def _objects(table: Any, columns: Columns, faults: dict[int, str]) -> tuple[np.n
     else:
         column = _one(table.column(columns.objects))
         if not pa.types.is_struct(column.type):
+            _note_nulls([column], faults)
             inner = column.flatten()
             return _lengths(column), {name: pc.struct_field(inner, name) for name in names}
         lists = {name: pc.struct_field(column, name) for name in names}
+    _note_nulls([lists[columns.box], lists[columns.category]], faults)
     lengths = {name: _lengths(some) for name, some in lists.items()}
     counts = lengths[columns.box]
     odd = np.any([of != counts for of in lengths.values()], axis=0)
     for row in np.flatnonzero(odd).tolist():
+        if row in faults:
+            continue
         told = ", ".join(f"{of[row]} {name}" for name, of in lengths.items())
         faults[row] = f"its objects' fields differ in length ({told}): mend the row"
     if odd.any():
@@ -196,6 +203,13 @@ def _objects(table: Any, columns: Columns, faults: dict[int, str]) -> tuple[np.n
         lists = {name: pc.if_else(keep, some, pa.scalar(None, some.type)) for name, some in lists.items()}
         counts = np.where(odd, 0, counts)
     return counts, {name: some.flatten() for name, some in lists.items()}
+
+
+def _note_nulls(lists: list[Any], faults: dict[int, str]) -> None:
+    """Whether such an image has no object, or nobody has looked, is not to be known."""
+    nulls = np.any([some.is_null().to_numpy(zero_copy_only=False) for some in lists], axis=0)
+    told = "its objects are null: write empty lists where there is none, or remove the row"
+    faults.update(dict.fromkeys(np.flatnonzero(nulls).tolist(), told))
 
 
 def _one(column: Any) -> Any:
@@ -228,15 +242,20 @@ def _labels(values: Any, columns: Columns) -> np.ndarray:
 
 
 def _numbers(values: Any, dtype: str, missing: float) -> np.ndarray:
-    """numpy [N]; ``missing`` for nulls."""
+    """numpy [N]; ``missing`` for nulls, and for what cannot be read as such a number."""
     import pyarrow as pa
 
     if isinstance(values, pa.ChunkedArray):
         values = _one(values)
     try:
         return values.cast(dtype).fill_null(pa.scalar(missing, dtype)).to_numpy(zero_copy_only=False).copy()
-    except pa.ArrowInvalid as error:
-        raise UserError(f"a column of numbers cannot be read as {dtype}: {str(error).splitlines()[0]}") from None
+    except pa.ArrowNotImplementedError:  # no kind of number
+        return np.full(len(values), missing, dtype)
+    except pa.ArrowInvalid:  # one cell is enough: down to it by halves
+        if len(values) <= 1:
+            return np.full(len(values), missing, dtype)
+        half = len(values) // 2
+        return np.concatenate([_numbers(part, dtype, missing) for part in (values[:half], values[half:])])
 
 
 def _sizes(table: Any, columns: Columns) -> np.ndarray:
@@ -254,6 +273,27 @@ def distinct(table: Any, columns: Columns) -> set[str]:
 
     _, fields = _objects(table, columns, {})
     return {name for name in pc.unique(fields[columns.category]).to_pylist() if name is not None}
+
+
+def paths(images: Any) -> list[str]:
+    """Of a column of images, the path of each that lies in a file of its own; "" of the others, and of empty cells.
+    The bytes are not looked at, only their lengths."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not pa.types.is_struct(images.type):
+        texts = pa.types.is_string(images.type) or pa.types.is_large_string(images.type)
+        return [path or "" for path in images.to_pylist()] if texts else [""] * len(images)
+    data, path = pc.struct_field(images, "bytes"), pc.struct_field(images, "path")
+    held = pc.fill_null(pc.greater(pc.binary_length(data), 0), False)
+    return pc.fill_null(pc.if_else(held, "", path), "").to_pylist()
+
+
+def no_rows(where: str) -> UserError:
+    """What to say of an empty split."""
+    return UserError(
+        f"{where} has no rows: fill it, or remove it and choose another (data.hub.train_split, data.hub.val_split)"
+    )
 
 
 # --- boxes

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from detr_accel.data import hub, opening, stream
+from detr_accel.data import hub, hub_files, hub_names, hub_where, opening, stream, stream_rows
 from detr_accel.data.check import Split
 from detr_accel.data.dirt import Dirt
-from detr_accel.data.hub import HubSource, Where
+from detr_accel.data.hub import HubSource
 from detr_accel.data.hub_columns import Columns
+from detr_accel.data.hub_where import Where
 from detr_accel.data.opening import Splits
-from detr_accel.structures import UserError
+from detr_accel.structures import Classes, UserError
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,11 @@ class Asked:
     on_bad: str
 
     def split_names(self, splits: Mapping[str, Any]) -> tuple[str, str | None]:
-        return hub.split_names(splits, self.train_split, self.val_split, self.where)
+        hub_names.check(self.where, splits, self.columns)
+        return hub_where.split_names(splits, self.train_split, self.val_split, self.where)
+
+    def open(self, dataset: Any, split: str, dirt: Dirt, classes: Classes | None = None) -> HubSource:
+        return hub.open_split(dataset, self.columns, self.title(split), dirt, classes, self.where.folder)
 
     def title(self, split: str) -> str:
         return f"{self.where}, split {split}"
@@ -47,15 +52,15 @@ def whole(asked: Asked, split_json: dict | None, val_fraction: float, seed: int)
     Raises:
         UserError: as ``hub.open_split``; or there is nothing to learn from.
     """
-    splits = hub.load(asked.where)
+    splits = hub_where.load(asked.where)
     train_name, val_name = asked.split_names(splits)
     found, more = Dirt(asked.on_bad), Dirt(asked.on_bad)
-    train = hub.open_split(splits[train_name], asked.columns, asked.title(train_name), found)
+    train = asked.open(splits[train_name], train_name, found)
     odd = hub.reaches_out(train, asked.columns.box_format)
     if val_name is None:
         cut = opening.cut(train, split_json or opening.draw_split(train, val_fraction, seed))
         return replace(cut, found=[*cut.found, *odd, *found.lines("both", opening.DESCRIBED)])
-    val = hub.open_split(splits[val_name], asked.columns, asked.title(val_name), more, train.classes)
+    val = asked.open(splits[val_name], val_name, more, train.classes)
     opening.check_targets(train)
     lines = [
         opening.line("train", train), opening.line("val", val), *odd, *opening.unused(train), *opening.no_boxes(val),
@@ -73,7 +78,7 @@ def streamed(asked: Asked, length: int | None, block: int, lanes: int | str) -> 
         UserError: what a stream cannot know is told by nobody; or as ``hub.open_split``.
     """
     where = asked.where
-    splits = hub.load(where, streaming=True)
+    splits = hub_where.load(where, streaming=True)
     train_name, val_name = asked.split_names(splits)
     if val_name is None:
         raise UserError(
@@ -81,30 +86,35 @@ def streamed(asked: Asked, length: int | None, block: int, lanes: int | str) -> 
             "or data.hub.streaming=false"
         )
     dataset, found = splits[train_name], Dirt(asked.on_bad)
+    files = hub_files.look_at(hub_where.files(where, train_name))
     train = stream.open_stream(
-        dataset, asked.columns, stream.parquet_rows(hub.files(where, train_name)),
-        length or hub.told_length(dataset, train_name), block, lanes, asked.title(train_name),
+        dataset, asked.columns, hub_files.shard_rows(files), length, block, lanes, asked.title(train_name),
+        card=hub_where.told_length(dataset, train_name), on_bad=asked.on_bad, folder=where.folder,
+        stamp=hub_files.fingerprint(train_name, files),
     )  # fmt: skip
-    whole = hub.load_one(where, val_name)
-    val = hub.open_split(whole, asked.columns, asked.title(val_name), found, train.classes)
-    lines = [opening.line("train", train), opening.line("val", val), *opening.no_boxes(val)]
+    first = train.first_block()
+    odd = stream_rows.look(first, asked.columns) if first is not None else []
+    val = asked.open(hub_where.load_one(where, val_name), val_name, found, train.classes)
+    lines = [opening.line("train", train), opening.line("val", val), *odd, *opening.no_boxes(val)]
     return Splits(train, val, [*lines, *found.lines("val", opening.DESCRIBED)])
 
 
-def split_named(asked: Asked, wanted: str) -> HubSource:
+def split_named(asked: Asked, wanted: str, only: bool) -> HubSource:
     """A split whole, streamed in training or not.
 
     Args:
         wanted: ``train`` and ``val`` are the ones that a training uses.
+        only: fetch no file of another one.
     Raises:
         UserError: it is not there; names those that are.
     """
-    splits = hub.load(asked.where)
+    splits = hub_where.split_list(asked.where) if only else hub_where.load(asked.where)
     train_name, val_name = asked.split_names(splits)
     name = {"train": train_name, "val": val_name}.get(wanted, wanted)
     if name not in splits:
         raise UserError(f"{asked.where} has no split {wanted!r} ({', '.join(splits)}); choose with --split")
-    return hub.open_split(splits[name], asked.columns, asked.title(name), Dirt(asked.on_bad))
+    dataset = hub_where.load_one(asked.where, name) if only else splits[name]
+    return asked.open(dataset, name, Dirt(asked.on_bad))
 
 
 def to_check(asked: Asked) -> list[Split]:
@@ -113,10 +123,7 @@ def to_check(asked: Asked) -> list[Split]:
     Raises:
         UserError: there is no data set.
     """
-    splits = hub.load(asked.where)
+    splits = hub_where.load(asked.where)
     names = zip(("train", "val"), asked.split_names(splits), strict=True)
-    rows = [(split, splits[name], asked.title(name)) for split, name in names if name is not None]
-    return [
-        opening.looked_at(split, asked.on_bad, partial(hub.open_split, one, asked.columns, title))
-        for split, one, title in rows
-    ]
+    rows = [(split, name) for split, name in names if name is not None]
+    return [opening.looked_at(split, asked.on_bad, partial(asked.open, splits[name], name)) for split, name in rows]

@@ -15,6 +15,7 @@ from detr_accel.structures import UserError
 _SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _WORD = re.compile(r"(?<![a-z])(train|validation|valid|val|test)(?![a-z])", re.IGNORECASE)
 _OTHER_TASKS = ("person_keypoints", "captions", "stuff", "panoptic", "image_info")
+_OF_HUB = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")  # written by save_to_disk
 _SHOWN = 6
 MOST_MISSING = 0.5  # a larger share of missing images is another folder, or a download that stopped
 
@@ -31,7 +32,7 @@ def find_jsons(root: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for path in sorted(p for depth in ("*", "*/*", "*/*/*") for p in root.glob(f"{depth}.json")):
         hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-        if not hidden and not path.name.startswith(_OTHER_TASKS):
+        if not hidden and not path.name.startswith(_OTHER_TASKS) and path.name not in _OF_HUB:
             found.setdefault(_split_of(path, root), []).append(path)
     found = {split: _only_coco(paths) for split, paths in found.items()}
     found = {split: paths for split, paths in found.items() if paths}
@@ -41,21 +42,32 @@ def find_jsons(root: Path) -> dict[str, list[Path]]:
         )
     if not found:
         raise UserError(
-            f"no COCO json in {root} (looked two folders deep): set data.train_annotations, or export as COCO"
+            f"no COCO json in {root} (looked two folders deep) and no Hugging Face data set: it should hold "
+            "annotations/instances_train.json and the images in train/, or parquet files, or images and a "
+            "metadata.jsonl; a json elsewhere is named by data.train_annotations in a recipe"
         )
     return found
 
 
 def format_of(root: Path) -> str:
-    """``data.format`` of a folder: ``hub`` where it has a Hugging Face set and no COCO json, else ``coco``."""
+    """``data.format`` of a folder or file: ``hub`` where it has a Hugging Face set and no COCO json, else ``coco``."""
+    if not _is_hub_set(root):
+        return "coco"
     try:
-        find_jsons(root)
+        found = find_jsons(root)
     except UserError:
-        return "hub" if root.exists() and _is_hub_set(root) else "coco"
-    return "coco"
+        return "hub"
+    return "coco" if any(_looks_like_coco(path) for paths in found.values() for path in paths) else "hub"
+
+
+def is_hub_file(path: Path) -> bool:
+    """Whether it is a file that is a data set by itself."""
+    return path.suffix in (".parquet", ".arrow") and path.is_file()
 
 
 def _is_hub_set(root: Path) -> bool:
+    if not root.is_dir():
+        return is_hub_file(root)
     names = ("*.parquet", "*.arrow", "metadata.jsonl", "metadata.csv", "dataset_dict.json")
     return any(next(root.glob(f"{depth}{name}"), None) for depth in ("", "*/") for name in names)
 

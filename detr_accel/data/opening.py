@@ -142,6 +142,24 @@ def check_targets(train: CocoSource) -> None:
         )
 
 
+def check_readable(source: CocoSource, split: str) -> None:
+    """Decode images until one can be read: the first, as a rule.
+
+    Raises:
+        UserError: not one can.
+    """
+    first = None
+    for index in range(len(source)):
+        try:
+            source.sample(index)
+            return
+        except UserError as error:
+            first = first or error
+    raise UserError(
+        f"{source.table.path}: not one of the {len(source)} images of the {split} split can be read, the first: {first}"
+    )
+
+
 def no_boxes(val: CocoSource) -> list[str]:
     if val.num_targets():
         return []

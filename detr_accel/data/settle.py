@@ -162,19 +162,28 @@ def _count_boxes(table: Table, dirt: Dirt, remedies: Mapping[str, str]) -> None:
         text = f"{text}: {remedies.get(format_, remedies[''])}"
         dirt.note("box.format", f"{table.path}: {text}", int((~table.crowd).sum()), [text])
     boxes = table.boxes_xywh_px
-    _, keep = clip(boxes, sizes)
-    inverted = (boxes[:, 2:] < 0).any(1)
-    flat = ~inverted & (boxes[:, 2:] == 0).any(1)
-    kinds = {
-        "box.inverted": inverted, "box.flat": flat, "box.outside": ~keep & ~inverted & ~flat,
-        "box.twice": table.again, "box.cut": keep & reach_out(boxes, sizes),
-    }  # fmt: skip
-    for kind, found in kinds.items():
+    for kind, found in odd_boxes(boxes, sizes, table.again).items():
         found = np.flatnonzero(found & ~table.crowd)
         shown = [_where(table, rows[a], a) for a in found[:EXAMPLES]]
         if shown:
             places = [(table.file_names[rows[a]], tuple(boxes[a].tolist())) for a in found[:EXAMPLES]]
             dirt.note(kind, f"{shown[0]}: mend or remove it", len(found), shown, places)
+
+
+def odd_boxes(boxes_xywh_px: np.ndarray, sizes_px: np.ndarray, again: np.ndarray) -> dict[str, np.ndarray]:
+    """Kind of dirt -> which boxes [A, 4] are of it, bool [A].
+
+    Args:
+        sizes_px: (h, w), [2] or [A, 2].
+        again: bool [A], an equal one stands before it.
+    """
+    _, keep = clip(boxes_xywh_px, sizes_px)
+    inverted = (boxes_xywh_px[:, 2:] < 0).any(1)
+    flat = ~inverted & (boxes_xywh_px[:, 2:] == 0).any(1)
+    return {
+        "box.inverted": inverted, "box.flat": flat, "box.outside": ~keep & ~inverted & ~flat, "box.twice": again,
+        "box.cut": keep & reach_out(boxes_xywh_px, sizes_px),
+    }  # fmt: skip
 
 
 def _where(table: Table, row: int, annotation: int) -> str:

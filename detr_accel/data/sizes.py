@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 
 from detr_accel.data import augment, workers
-from detr_accel.data.geometry import Augmentation, Demands, eval_plan, worst_canvas
+from detr_accel.data.cache import CachedSource
+from detr_accel.data.geometry import Augmentation, Demands, eval_plan, stepped, worst_canvas
 from detr_accel.data.opening import Splits
 from detr_accel.data.sampler import share, windows_per_epoch
 from detr_accel.data.source import Source
@@ -31,40 +32,54 @@ def loading(
         and what to say where it is less than was asked for.
     """
     d, room = recipe.data, room or workers.room(queue_gib=recipe.data.queue_gib)
-    count = _count(recipe, room) if count is None else count
+    count = worker_count(recipe, room) if count is None else count
     tasks = -(-len(share(recipe.batch.size, 0, num_ranks)) // micro)
     if not count:
         return Loading(0, 1), None
     return workers.within(count, d.prefetch, tasks, task_bytes(recipe, source, micro, torch.device(device)), room)
 
 
-def _count(recipe: Recipe, room: Room) -> int:
+def worker_count(recipe: Recipe, room: Room) -> int:
+    """Loader processes that the recipe asks for; of auto, those to begin with."""
     return room.first if recipe.data.workers == "auto" else recipe.data.workers
 
 
 def task_bytes(recipe: Recipe, source: Source, micro: int, device: torch.device) -> int:
     """Of the largest micro-batch that can wait in a queue: float32 and mask, or the images as decoded."""
-    if not _on_device(recipe, device):
+    if not pixels_on_device(recipe, device):
         height, width = _worst_canvas(recipe, source)
         return micro * height * width * (3 * 4 + 1)
-    sizes = [(10**6, 10**6)] if isinstance(source, StreamSource) else _sizes(source)
-    return micro * workers.decoded_bytes(sizes, _policy(recipe, len(source)), _strong(recipe, len(source)))
+    policy, strong = base_policy(recipe, len(source)), strong_policy(recipe, len(source))
+    if isinstance(source, StreamSource):  # of any shape that fits between the longest side and the short one
+        longest = 1 if policy.square else policy.max_size / min(policy.max_size, policy.largest)
+        sizes, scaled = [(10**6, 10**6), (10**6, int(10**6 * longest))], True
+    else:
+        sizes, scaled = image_sizes(source), _decoded_small(source)
+    return micro * workers.decoded_bytes(sizes, policy, strong, scaled)
+
+
+def _decoded_small(source: Source) -> bool:
+    """Whether images come no larger than they are needed, as far as their names tell: only JPEG decoders do that."""
+    if isinstance(source, CachedSource):
+        return True
+    return all(source.name(i).lower().endswith((".jpg", ".jpeg")) for i in range(len(source)))
 
 
 def _worst_canvas(recipe: Recipe, source: Source) -> tuple[int, int]:
     if isinstance(source, StreamSource):
         return _any_canvas(recipe)
-    return _with_strong(recipe, worst_canvas(_sizes(source), _policy(recipe, len(source))))
+    return _with_strong(recipe, worst_canvas(image_sizes(source), base_policy(recipe, len(source))))
 
 
 def _any_canvas(recipe: Recipe) -> tuple[int, int]:
     """What a training window can be where an image may have any shape."""
-    policy = _policy(recipe, 1)
+    policy = base_policy(recipe, 1)
     side = policy.resized((1, 1), policy.largest)[0] if policy.square else policy.max_size
     return _with_strong(recipe, (side, side))
 
 
-def _on_device(recipe: Recipe, device: torch.device) -> bool:
+def pixels_on_device(recipe: Recipe, device: torch.device) -> bool:
+    """Whether loader processes only decode (``data.pixels``)."""
     return recipe.data.pixels == "device" or (recipe.data.pixels == "auto" and device.type == "cuda")
 
 
@@ -73,16 +88,16 @@ def worst_window(recipe: Recipe, source: Source) -> tuple[tuple[int, int], int]:
     a stream it is what the recipe allows, and as many boxes as there are queries."""
     if isinstance(source, StreamSource):
         return _worst_canvas(recipe, source), recipe.model.num_queries
-    strong = _strong(recipe, len(source))
+    strong = strong_policy(recipe, len(source))
     most = source.most_boxes()
     return _worst_canvas(recipe, source), most if strong is None else strong.most_boxes(most)
 
 
 def _with_strong(recipe: Recipe, canvas_px: tuple[int, int]) -> tuple[int, int]:
     """A canvas that also holds what the stronger augmentations make."""
-    strong = _strong(recipe, 1)
-    height, width = (0, 0) if strong is None else strong.worst_size(_policy(recipe, 1))
-    return max(canvas_px[0], height), max(canvas_px[1], width)
+    strong = strong_policy(recipe, 1)
+    height, width = (0, 0) if strong is None else strong.worst_size(base_policy(recipe, 1))
+    return stepped((max(canvas_px[0], height), max(canvas_px[1], width)), recipe.data.augment.canvas_step)
 
 
 def demands(recipe: Recipe, splits: Splits | None) -> Demands:
@@ -99,7 +114,7 @@ def demands(recipe: Recipe, splits: Splits | None) -> Demands:
         eval_canvas = one if d.square or recipe.evaluate.batch == 1 else (long, long)
         return Demands(_any_canvas(recipe), recipe.model.num_queries, eval_canvas, 80, None, True)
     canvas, most_boxes = worst_window(recipe, splits.train)
-    sizes = [eval_plan(s, *_evaluated(recipe)).size_px for s in {*_sizes(splits.val)}]
+    sizes = [eval_plan(s, *evaluated(recipe)).size_px for s in {*image_sizes(splits.val)}]
     if recipe.evaluate.batch > 1:
         eval_canvas = max(h for h, _ in sizes), max(w for _, w in sizes)
     else:
@@ -107,25 +122,28 @@ def demands(recipe: Recipe, splits: Splits | None) -> Demands:
     return Demands(canvas, most_boxes, eval_canvas, len(splits.train.classes), len(splits.train), False)
 
 
-def _sizes(source: Source) -> Iterator[tuple[int, int]]:
+def image_sizes(source: Source) -> Iterator[tuple[int, int]]:
+    """(h, w) of every image, in pixels."""
     return (source.size_px(i) for i in range(len(source)))
 
 
-def _evaluated(recipe: Recipe) -> tuple[int, int, bool]:
+def evaluated(recipe: Recipe) -> tuple[int, int, bool]:
     """How ``eval_plan`` resizes: short side, bound of the long one, whether to a square."""
     return recipe.data.eval_size, recipe.data.eval_max_size, recipe.data.square
 
 
-def _policy(recipe: Recipe, num_images: int) -> Augmentation:
+def base_policy(recipe: Recipe, num_images: int) -> Augmentation:
+    """The detector's own augmentation, without what is stronger."""
     a = recipe.data.augment
     final = None if a.scales_stop == 1 else recipe.data.eval_size
     return Augmentation(
         a.flip, tuple(a.scales), a.max_size, a.crop, tuple(a.crop_scales), tuple(a.crop_size), a.scale_by,
-        recipe.data.square, final, math.ceil(a.scales_stop * total_windows(recipe, num_images)),
+        a.canvas_step, recipe.data.square, final, math.ceil(a.scales_stop * total_windows(recipe, num_images)),
     )  # fmt: skip
 
 
-def _strong(recipe: Recipe, num_images: int) -> augment.Strong | None:
+def strong_policy(recipe: Recipe, num_images: int) -> augment.Strong | None:
+    """What is done beyond it, over the whole training; None: nothing."""
     return augment.strong_of(total_windows(recipe, num_images), recipe.data.augment.model_dump())
 
 

@@ -12,38 +12,24 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from detr_accel.data import hub_columns
 from detr_accel.data import source as seeds
-from detr_accel.data.augment import Strong, strong_plan
-from detr_accel.data.coco import clip, reach_out
-from detr_accel.data.decode import header, read_rgb
-from detr_accel.data.geometry import Augmentation, Plan, canvas, train_plan, window_scale
-from detr_accel.data.hub import encoded, undecoded
+from detr_accel.data.augment import Strong
+from detr_accel.data.decode import read_rgb
+from detr_accel.data.dirt import Dirt
+from detr_accel.data.geometry import canvas
+from detr_accel.data.hub import undecoded
 from detr_accel.data.hub_columns import Columns
-from detr_accel.data.sampler import Task, share, windows_per_epoch
-from detr_accel.structures import Classes, Sample, UserError
+from detr_accel.data.sampler import Planner, Task, Windows, share, windows_per_epoch
+from detr_accel.data.stream_rows import LOOKED_AT, Block, Reading, Row
+from detr_accel.structures import Classes, Sample, UserError, first_line
 
 MOST_LANES = 16
-
-
-@dataclass(frozen=True)
-class Row:
-    """One image on its way to the process that decodes it; it takes the place of an index."""
-
-    name: str  # or its path, where there is no data
-    image_id: int
-    size_px: tuple[int, int]
-    data: bytes | None = None
-    turned: bool = False  # a viewer shows it turned or mirrored, and the set tells no size
-    boxes_xyxy_px: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.float32))
-    labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    num_cut: int = 0  # boxes that ran out of it
-    fault: str | None = None  # what is wrong with it, told when its turn comes
 
 
 class StreamSource:
@@ -55,16 +41,20 @@ class StreamSource:
         shard_rows: rows of each of S shards; None where only reading tells, and then there is one lane.
         length: images of an epoch, at most as many as there are.
         block: images in memory, over all lanes.
-        name: for messages.
+        how: what its rows have in common.
+        stamp: of its files, as ``hub_files.fingerprint``.
+        told: who says how long it is.
     """
 
     def __init__(
-        self, dataset: Any, columns: Columns, shard_rows: list[int] | None, length: int, block: int, lanes: int,
-        name: str,
+        self, dataset: Any, how: Reading, shard_rows: list[int] | None, length: int, block: int, lanes: int,
+        stamp: str, told: str,
     ) -> None:  # fmt: skip
         assert lanes == 1 or shard_rows is not None
-        self.dataset, self.columns = undecoded(dataset, columns.image), columns
-        self.shard_rows, self.length, self.lanes, self.title = shard_rows, length, lanes, name
+        columns = how.columns
+        self.dataset, self.how, self.columns, self.title = undecoded(dataset, columns.image), how, columns, how.title
+        self.shard_rows, self.length, self.lanes = shard_rows, length, lanes
+        self.stamp, self.told, self._odd = stamp, told, {}
         self.block = max(1, block // lanes)
         self.num_shards = dataset.num_shards
         self.classes = Classes(columns.class_names, tuple(range(len(columns.class_names))))
@@ -117,12 +107,15 @@ class StreamSource:
         if index.fault is not None:
             raise UserError(index.fault)
         size_px = None if index.turned else index.size_px
-        image = read_rgb(index.name, size_px, at_least_px, index.data)
+        image = read_rgb(index.name, size_px, at_least_px, index.data, scale=self.how.on_bad == "mend")
         return Sample(image, index.image_id, index.boxes_xyxy_px, index.labels, index.num_cut)
 
     def fingerprint(self) -> str:
-        """Of what a stream tells without being read: its name, columns, classes, shards and length."""
-        known = (self.title, self.columns, self.num_shards, self.shard_rows, self.length, self.block, self.lanes)
+        """Of what a stream tells without being read: its files (not where they lie), columns, classes and order."""
+        known = (
+            self.stamp, self.columns, self.num_shards, self.shard_rows, self.length, self.block, self.lanes,
+            self.how.on_bad == "drop",
+        )  # fmt: skip
         return hashlib.sha256(repr(known).encode()).hexdigest()
 
     def describe(self) -> str:
@@ -152,72 +145,65 @@ class StreamSource:
                     continue
                 yield from self._shuffled(table, seed, epoch, shard, number, skip)
 
-    def _blocks(self, shard: int, first: int) -> Iterator[Any]:
-        """Arrow tables of K rows of one shard, the last one shorter, from block ``first`` on."""
+    def _blocks(self, shard: int, first: int, size: int | None = None) -> Iterator[Any]:
+        """Arrow tables of K (or ``size``) rows of one shard, the last one shorter, from block ``first`` on."""
         from datasets.distributed import split_dataset_by_node
 
+        size = size or self.block
         only = split_dataset_by_node(self.dataset, rank=shard, world_size=self.num_shards)  # a node a shard
         try:
             if self.shard_rows is None:
-                yield from self._tables(iter(only))
+                yield from self._tables(iter(only), size)
             else:
                 only = only.with_format("arrow")
-                yield from (only.skip(first * self.block) if first else only).iter(batch_size=self.block)
+                yield from (only.skip(first * size) if first else only).iter(batch_size=size)
         except Exception as error:  # of the network, the file system, Arrow or the library
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise UserError(
                 f"{self.title}: shard {shard} cannot be read on: {reason}; go on with --resume once it can"
             ) from error
 
-    def _tables(self, rows: Iterator[dict]) -> Iterator[Any]:
+    def _tables(self, rows: Iterator[dict], size: int) -> Iterator[Any]:
         """Of sets that are no tables, such as folders of images."""
         import pyarrow as pa
 
         schema = self.dataset.features.arrow_schema if self.dataset.features is not None else None
-        while some := list(itertools.islice(rows, self.block)):
+        while some := list(itertools.islice(rows, size)):
             yield pa.Table.from_pylist(some, schema=schema)
 
     def _shuffled(self, table: Any, seed: int, epoch: int, shard: int, number: int, skip: int) -> Iterator[Row]:
-        flat = hub_columns.flatten(table.select(self.columns.small), self.columns)
-        hub_columns.check_unit(flat.boxes, self.columns.box_format, self.title)
-        ends = np.cumsum(flat.counts)
-        images = table.column(self.columns.image)
-        order = seeds.generator(seed, seeds.BLOCK, epoch, (number << 32) + shard).permutation(table.num_rows)
+        block = Block(table, self.how, shard, number * self.block)
+        order = seeds.generator(seed, seeds.BLOCK, epoch, (number << 32) + shard).permutation(len(block))
         for row in order[skip:].tolist():
-            at = number * self.block + row
-            own = slice(ends[row] - flat.counts[row], ends[row])
-            image_id = int(flat.image_ids[row]) if self.columns.image_ids else self._image_id(shard, at)
-            name = f"{self.title}, shard {shard}, row {at}"
-            yield self._row(flat, row, own, images[row].as_py(), name, image_id)
+            known = int(block.flat.image_ids[row]) if self.columns.image_ids else -1
+            yield block.row(row, known if known >= 0 else self._image_id(shard, block.first + row))
 
-    def _row(self, flat: hub_columns.Flat, row: int, own: slice, cell: Any, name: str, image_id: int) -> Row:
-        why = flat.faults.get(row) or next((flat.bad[a][1] for a in range(own.start, own.stop) if a in flat.bad), None)
-        if why is not None:
-            return Row(name, image_id, (1, 1), fault=f"{name}: {why}")
-        size, turned = tuple(flat.sizes_px[row].tolist()), False
-        try:
-            path, data = encoded(cell, name)
-            if 0 in size:
-                size, turned = header(path, data)
-        except UserError as error:
-            return Row(name, image_id, (1, 1), fault=str(error))
-        sizes = np.broadcast_to(np.array(size), (own.stop - own.start, 2))
-        with np.errstate(over="ignore", invalid="ignore"):
-            written = hub_columns.to_xywh_px(flat.boxes[own], sizes, self.columns.box_format)
-        boxes, keep = clip(written, np.array(size))
-        plain = ~flat.crowd[own]
-        plain[plain] = _first_ones(written[plain], flat.labels[own][plain])
-        num_cut = int(reach_out(written[plain], np.array(size)).sum())
-        keep &= plain
-        return Row(path, image_id, size, data, turned, boxes[keep], flat.labels[own][keep], num_cut)
+    def first_block(self) -> Block | None:
+        """The first rows of the set; None where it has none."""
+        for shard in range(self.num_shards):
+            for table in self._blocks(shard, 0, LOOKED_AT):
+                return Block(table, self.how, shard, 0)
+        return None
 
+    # --- what was odd
 
-def _first_ones(boxes: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """bool [N]: no equal box [N, 4] of the same class stands before it."""
-    first = np.zeros(len(labels), bool)
-    if len(labels):
-        first[np.unique(np.column_stack((labels, boxes)), axis=0, return_index=True)[1]] = True
-    return first
+    def note(self, window: int, rows: Iterable[Row]) -> None:
+        """Keep what is odd about the rows of a window; reading it again changes nothing."""
+        odd: dict[str, tuple[int, str]] = {}
+        for kind, text in (one for row in rows for one in row.dirt):
+            num, first = odd.get(kind, (0, text))
+            odd[kind] = num + 1, first
+        if odd:
+            self._odd[window] = odd
+
+    def odd(self, start_window: int, end_window: int, name: str) -> list[str]:
+        """A line for each kind of dirt in these windows, in the rows that this process has read; forgets all before."""
+        dirt = Dirt(self.how.on_bad, look=True)
+        for window in sorted(w for w in self._odd if w < end_window):
+            for kind, (num, text) in self._odd.pop(window).items():
+                if window >= start_window:
+                    dirt.note(kind, text, num)
+        return dirt.lines(name)
 
 
 class FirstRows:
@@ -273,28 +259,15 @@ class _Read:
 
 
 @dataclass(frozen=True)
-class StreamTasks:
-    """The micro-batches of one rank over windows [start_window, end_window), in order, as TrainTasks for a stream.
+class StreamTasks(Windows):
+    """The micro-batches of one rank, in order, as TrainTasks for a stream.
 
     Which images a window holds follows from the lanes alone. The canvas is that of the images this process reads: of
-    the whole window where it reads all of them, of its own part where it reads its own lanes.
+    the whole window where it reads all of them, of its own part where it reads its own lanes. Training then pads all
+    to the largest one (``Batch.padded``).
     """
 
-    source: StreamSource
-    policy: Augmentation
-    batch_size: int
-    micro: int
-    seed: int
-    rank: int
-    num_ranks: int
-    start_window: int
-    end_window: int
     strong: Strong | None = None  # as of TrainTasks, without what needs a second image
-
-    def window_positions(self, window: int) -> range:
-        """Global positions in the epoch, of all ranks."""
-        at = window % windows_per_epoch(len(self.source), self.batch_size) * self.batch_size
-        return range(at, min(at + self.batch_size, len(self.source)))
 
     def _mine(self, positions: range) -> list[int]:
         lanes = self.source.own_lanes(self.rank, self.num_ranks)
@@ -305,9 +278,6 @@ class StreamTasks:
     def num_tasks(self, window: int) -> int:
         """Micro-batches of this rank in a window."""
         return -(-len(self._mine(self.window_positions(window))) // self.micro)
-
-    def __len__(self) -> int:
-        return sum(self.num_tasks(w) for w in range(self.start_window, self.end_window))
 
     def __iter__(self) -> Iterator[Task]:
         per_epoch = windows_per_epoch(len(self.source), self.batch_size)
@@ -328,32 +298,20 @@ class StreamTasks:
     def _cut(self, window: int, epoch: int, readers: dict[int, Iterator[Row]]) -> Iterator[Task]:
         positions = [p for p in self.window_positions(window) if int(self.source.lane_of[p]) in readers]
         rows = {p: self._next(readers[int(self.source.lane_of[p])], p) for p in positions}
-        policy = self.policy.at(window)
-        scale = window_scale(seeds.generator(self.seed, seeds.WINDOW_SCALE, window), policy)
-        strong = self.strong.at(window) if self.strong is not None else None
-        plans = {p: self._plan(_Read(rows), policy, epoch, p, scale, strong) for p in rows}
+        self.source.note(window, rows.values())
+        plan, read = Planner(self.policy, self.strong, self.seed, window, epoch), _Read(rows)
+        plans = {p: plan(read, p, p) for p in rows}
         mine = self._mine(self.window_positions(window))
-        size = canvas(list(plans.values())) if plans else (1, 1)
+        size = canvas(list(plans.values()), self.policy.canvas_step) if plans else (1, 1)
         for start in range(0, len(mine), self.micro):
             part = tuple(mine[start : start + self.micro])
             yield Task(window, epoch, part, tuple(rows[p] for p in part), tuple(plans[p] for p in part), size)
 
-    def _plan(
-        self, read: _Read, policy: Augmentation, epoch: int, position: int, scale: int | None, strong: Strong | None
-    ) -> Plan:
-        if strong is not None:
-            return strong_plan(
-                strong, read, policy, seed=self.seed, epoch=epoch, position=position, index=position, scale=scale
-            )
-        rng = seeds.generator(self.seed, seeds.GEOMETRY, epoch, position)
-        return train_plan(rng, read.size_px(position), policy, scale)
-
     def _next(self, reader: Iterator[Row], position: int) -> Row:
         row = next(reader, None)
         if row is None:
-            told = "data.hub.length says" if self.source.shard_rows is None else "its files say"
             raise UserError(
-                f"{self.source.title} ended after {position} images, {told} {len(self.source)}: set "
+                f"{self.source.title} ended after {position} images, {self.source.told} {len(self.source)}: set "
                 f"data.hub.length={position} and start anew"
             )
         return row
@@ -363,17 +321,22 @@ class StreamTasks:
 
 
 def open_stream(
-    dataset: Any, columns: Columns, shard_rows: list[int] | None, length: int | None, block: int, lanes: int | str,
-    name: str,
+    dataset: Any, asked: Columns, shard_rows: list[int] | None, length: int | None, block: int, lanes: int | str,
+    name: str, *, card: int | None = None, on_bad: str = "mend", folder: str | None = None, stamp: str = "",
 ) -> StreamSource:  # fmt: skip
     """
     Args:
-        length: the recipe's or the set's own; None where neither tells.
+        length: the recipe's; None takes what the files tell, or else the set's card.
         lanes: a number, or ``auto``.
+        card: images that the set says it has.
+        on_bad, folder: as ``Reading``.
+        stamp: as ``StreamSource``.
     Raises:
         UserError: what a stream cannot know is not told: class names, length.
     """
-    columns = hub_columns.resolve(_features(dataset), columns, name)
+    if length == 0 or (shard_rows is not None and not sum(shard_rows)):
+        raise hub_columns.no_rows(name)
+    columns = hub_columns.resolve(_features(dataset), asked, name)
     if not columns.class_names:
         raise UserError(
             f"{name} is streamed, so that its class names would be known at the end of the first epoch: list them in "
@@ -382,17 +345,19 @@ def open_stream(
     if shard_rows is not None and len(shard_rows) != dataset.num_shards:
         shard_rows = None  # not a shard a file
     known = None if shard_rows is None else sum(shard_rows)
-    length = known if length is None else length
+    told = "data.hub.length says" if length is not None else "its files say" if known is not None else "its card says"
+    if known is not None and length is not None and length > known:
+        raise UserError(f"{name} has {known} images, data.hub.length asks for {length}: lower it or leave it out")
+    length = next((n for n in (length, known, card) if n is not None), None)
     if length is None:
         raise UserError(f"{name} does not tell how many images it has: set data.hub.length to their number")
-    if known is not None and length > known:
-        raise UserError(f"{name} has {known} images, data.hub.length asks for {length}: lower it or leave it out")
     if not length:
-        raise UserError(f"{name} has no rows")
+        raise hub_columns.no_rows(name)
     num = 1 if shard_rows is None else _lanes(dataset.num_shards) if lanes == "auto" else int(lanes)
     if num > dataset.num_shards:
         raise UserError(f"data.hub.lanes is {num}, but {name} has {dataset.num_shards} shards: lower it")
-    return StreamSource(dataset, columns, shard_rows, length, block, num, name)
+    how = Reading(columns, name, on_bad, folder)
+    return StreamSource(dataset, how, shard_rows, length, block, num, stamp, told)
 
 
 def _features(dataset: Any) -> Any:
@@ -409,28 +374,6 @@ def _lanes(num_shards: int) -> int:
     """The divisor, MOST_LANES at most, with the most factors of two; the greatest of those."""
     divisors = [d for d in range(1, MOST_LANES + 1) if num_shards % d == 0]
     return max(divisors, key=lambda d: (d & -d, d))
-
-
-def parquet_rows(files: list[str]) -> list[int] | None:
-    """Rows of each file, from the footers; None where the files are no parquet.
-
-    Args:
-        files: paths or URLs, in the order of the shards.
-    """
-    from concurrent.futures import ThreadPoolExecutor
-
-    import fsspec
-    import pyarrow.parquet as pq
-
-    if not files or not all(str(name).endswith(".parquet") for name in files):
-        return None
-
-    def rows(name: str) -> int:
-        with fsspec.open(name, "rb") as file:
-            return pq.read_metadata(file).num_rows
-
-    with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(rows, map(str, files)))
 
 
 def sharing(source: StreamSource, num_ranks: int) -> str:

@@ -10,8 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
+from detr_accel import host
 from detr_accel.data.augment import Strong
 from detr_accel.data.geometry import Augmentation, Size, largest_first
 
@@ -59,7 +58,7 @@ class Room:
 def machine() -> Machine:
     """As it is now, for this process."""
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    memory = psutil.virtual_memory().available
+    memory = host.free_bytes()
     shared = shutil.disk_usage(_SHM).free if _SHM.is_dir() else memory
     return Machine(platform.node(), frozenset(cpus), _quota(), memory, shared)
 
@@ -75,8 +74,8 @@ def room(machines: Sequence[Machine] | None = None, queue_gib: float = 2.0) -> R
     if machines is None:
         machines = [machine()] * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     rows = []
-    for host in {m.host for m in machines}:
-        here = [m for m in machines if m.host == host]
+    for name in {m.host for m in machines}:
+        here = [m for m in machines if m.host == name]
         cores = min(len(frozenset.union(*(m.cpus for m in here))), min(m.quota for m in here)) / len(here)
         memory = _MEMORY_SHARE * min(m.memory for m in here) / len(here)
         shared = _SHM_SHARE * min(m.shared_memory for m in here) / len(here)
@@ -122,13 +121,18 @@ def most(room: Room, on_gpu: bool) -> int:
     return max(1, min(cores, room.processes))
 
 
-def decoded_bytes(sizes_px: Iterable[Size], policy: Augmentation, strong: Strong | None) -> int:
+def decoded_bytes(
+    sizes_px: Iterable[Size], policy: Augmentation, strong: Strong | None, scaled: bool = True
+) -> int:
     """The most that one image of a micro-batch takes as decoded, with all that a mosaic or mixup brings.
 
     A JPEG decoder gives less than twice one of the needed sides where the file is larger, and a cache no more than is
     needed.
+
+    Args:
+        scaled: every file is such a JPEG, or cached; else an image may come whole.
     """
-    whole = strong is not None and strong.crops_originals()
+    whole = not scaled or (strong is not None and strong.crops_originals())
     most = 1
     for h, w in set(sizes_px):
         a, b = largest_first((h, w), policy)

@@ -77,6 +77,15 @@ def judge(feed: Feed) -> Verdict:
             f"data.workers={better} ({needed} would be needed, {feed.cores} cores are there)",
             {"data.workers": better},
         )
+    if feed.workers >= needed:
+        return Verdict(
+            "workers",
+            f"{waits}, though data.workers {feed.workers} would be enough for what an image takes on average "
+            f"({1e3 * cost.total:.0f} ms): the loader is held up between images (other programs on these cores, a "
+            "source that answers in fits), or a few images take far longer than the others; data.prefetch=4 rides "
+            "over it",
+            {"data.prefetch": 4},
+        )
     biggest = "decoding" if cost.decode > cost.pixels else "pixels"
     remedy = "data.cache=disk saves the decoding"
     if feed.cached:

@@ -8,6 +8,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from detr_accel import host
+
 
 def peak_gib(device: torch.device | str = "cpu") -> float:
     """Most memory held so far, in GiB: on a GPU what the allocator handed out, else the process's resident memory.
@@ -108,23 +110,7 @@ def free_bytes(device: torch.device) -> int:
     """Memory that may still be taken: of the GPU, or of the machine and its container."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = psutil.virtual_memory().available
-    for names in _CGROUP_FILES:
-        try:
-            limit, used, stat = (Path("/sys/fs/cgroup", name).read_text() for name in names)
-            cache = next(
-                (int(x.split()[1]) for x in stat.splitlines() if x.startswith(("inactive_file ", "total_inac"))), 0
-            )
-            free = min(free, max(0, int(limit) - int(used) + cache))  # file pages are given back when memory is wanted
-        except (OSError, ValueError):
-            continue  # no such group, or no limit ("max")
-    return free
-
-
-_CGROUP_FILES = (
-    ("memory.max", "memory.current", "memory.stat"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
-)
+    return host.free_bytes()
 
 
 def taken_fraction(device: torch.device) -> float:
@@ -133,13 +119,7 @@ def taken_fraction(device: torch.device) -> float:
     if device.type == "cuda":
         peak = max(_peak(device), _before.get("cuda", 0.0))  # the counters begin anew in each phase of a window
         return peak * 2**30 / torch.cuda.get_device_properties(device).total_memory
-    total = psutil.virtual_memory().total
-    for limit, *_ in _CGROUP_FILES:
-        try:
-            total = min(total, int(Path("/sys/fs/cgroup", limit).read_text()))
-        except (OSError, ValueError):
-            continue  # no such group, or no limit ("max")
-    return 1 - free_bytes(device) / max(1, total)
+    return 1 - free_bytes(device) / max(1, host.total_bytes())
 
 
 def reserved_gib(device: torch.device | str) -> float | None:

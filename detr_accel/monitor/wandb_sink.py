@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from detr_accel.monitor.rows import BIGGER_IS_BETTER
-from detr_accel.structures import Detections, UserError
+from detr_accel.structures import Detections, UserError, first_line
 
 AXES = ("train/window", "train/step", "train/epoch")
 NAMESPACES = ("train", "health", "speed", "memory", "data")  # drawn over windows; val over epochs
@@ -217,8 +217,7 @@ def _start(accelerator: Any, arguments: dict[str, Any]) -> str:
         accelerator.trackers.clear()  # the one that failed is already in the list
         offline = {k: v for k, v in init.items() if k not in ("id", "resume")} | {"mode": "offline"}
         accelerator.init_trackers(**(arguments | {"init_kwargs": {"wandb": offline}}))
-        reason = str(error).strip().splitlines()
-        return f"W&B: offline, because going online failed ({reason[0] if reason else type(error).__name__})"
+        return f"W&B: offline, because going online failed ({first_line(error)})"
     if not accelerator.is_main_process:
         return ""
     run = accelerator.get_tracker("wandb", unwrap=True)

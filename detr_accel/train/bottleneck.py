@@ -118,7 +118,7 @@ def _train(built: Parts, state: State, seconds: float) -> tuple[dict[str, float]
                     if built.ema is not None:
                         built.ema.update(built.bare)
             windows, images = windows + 1, images + result.num_images
-            spent = sum((b.spent for b in batches if b.spent is not None), LoaderTime())
+            spent = LoaderTime.of(batches)
             told = stream.seen(spent, time.perf_counter() - begun_window) or told
             loader += spent
             if windows == WARM_WINDOWS:  # workers start, kernels are chosen

@@ -146,7 +146,7 @@ def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal
     for micro_batches, wait_seconds, failure in _timed(windows, clock):
         begun = time.perf_counter()
         sinks.phases.watch((state.window + 1) % recipe.log.every == 0 or state.window + 1 == built.length.total)
-        loader = sum((b.spent for b in micro_batches if b.spent is not None), LoaderTime())
+        loader = LoaderTime.of(micro_batches)
         micro_batches, lost = data.without_lost(micro_batches)
         built.optimizer.zero_grad(set_to_none=True)
         micro_batches, result = turn.run(micro_batches, failure)
@@ -169,6 +169,7 @@ def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal
         turn.judge(stats)
         if state.window % recipe.log.every == 0 or state.window == built.length.total or not result.finite:
             sinks.log(stats)
+        turn.say_odd()
         if not turn.after(result):
             return turn.over
         told = windows.seen(loader, stats.seconds - stats.wait_seconds)
@@ -241,6 +242,15 @@ class _Turn:
     def _speak(self, alarms: list[Alarm]) -> None:
         for alarm in alarms:
             self.sinks.alarm(alarm.title, alarm.text, level=alarm.level, window=self.state.window)
+
+    def say_odd(self) -> None:
+        """At an epoch's end, what was odd in the rows of a stream."""
+        window, per_epoch = self.state.window, self.built.length.per_epoch
+        if window % per_epoch == 0 or window == self.built.length.total:
+            epoch = (window - 1) // per_epoch
+            name = f"train, epoch {epoch + 1}"
+            for line in data.odd_rows(self.built.splits.train, epoch * per_epoch, window, name):
+                self.sinks.say(line)
 
     def after(self, result: WindowResult) -> bool:
         """Evaluation, checkpoint and stop, where they are due; returns whether to go on."""

@@ -100,6 +100,7 @@ def build(recipe: Recipe, accelerator: Accelerator, splits: data.Splits, *, resu
     runner = WindowRunner(
         accelerator, bare, criterion, groups, loss_names=criterion.loss_names(bare.num_decoder_layers),
         seed=recipe.seed, overlap=recipe.dist.overlap,
+        own_canvas=data.reads_its_own(splits.train, accelerator.num_processes),
     )  # fmt: skip
     return Parts(
         recipe, accelerator, splits, length, bare, criterion, groups, optimizer, optimizer, ema, runner,

@@ -18,13 +18,12 @@ def all_reduce_sum(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor
 
 
-def all_reduce_max(value: int, device: torch.device) -> int:
-    """The largest over all processes; one device read where there are several."""
+def all_reduce_max(tensor: Tensor, device: torch.device) -> Tensor:
+    """As ``all_reduce_sum``, each element's largest."""
+    tensor = tensor.to(device, non_blocking=True)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        tensor = torch.tensor(value, device=device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return int(tensor)
-    return value
+    return tensor
 
 
 class GradientReducer:

@@ -89,6 +89,8 @@ class WindowRunner:
         groups: group name -> named trainable parameters, for the norms.
         loss_names: of the criterion's terms, for a process that has no image to take them from.
         overlap: the model is wrapped for reduction during backward (DistributedDataParallel).
+        own_canvas: processes may bring different canvases, as each reads its own part of a stream; all pad to the
+            largest.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class WindowRunner:
         loss_names: list[str],
         seed: int,
         overlap: bool = False,
+        own_canvas: bool = False,
     ) -> None:
         self.accelerator = accelerator
         self.model = model
@@ -111,6 +114,7 @@ class WindowRunner:
         self.loss_names = [*loss_names, "loss"]
         self.seed = seed
         self.overlap = overlap and accelerator.num_processes > 1
+        self.own_canvas = own_canvas and accelerator.num_processes > 1
         self.phases = memory.Phases(accelerator.device, on=False)  # the loop brings one that reports
         self.clock = Stopwatch(accelerator.device, wait=False, rest="other")
         self._time_matching()
@@ -138,13 +142,14 @@ class WindowRunner:
         self.criterion.train()
         self.model.train()
         self.forward_state.remember()
-        total, failure = self._count(micro_batches, requests.failure)
+        canvas_px = self._largest_canvas(micro_batches)
+        total, failure = self._count(micro_batches, requests.failure, canvas_px)
         if self.overlap and (failure or requests.broken):  # the others enter backward's reductions and cannot be told
             raise Lonely(failure or "memory ran out inside the optimizer's step; go on with --resume")
         overlap = self.overlap and all_share
         if overlap and planned is not None:  # a device read, of this mode only
             overlap = int(total[2]) == planned
-        share = _Share(failure=failure, most_boxes=self._most_boxes(micro_batches))
+        share = _Share(failure=failure, canvas_px=canvas_px, most_boxes=self._most_boxes(micro_batches))
         if failure is None and not requests.broken:
             self._compute(micro_batches, self.criterion.normalisers(total[:3]), overlap, share, requests)
         with self.clock.section("reduce"):
@@ -181,13 +186,24 @@ class WindowRunner:
             for p in rows:
                 p.grad = None
 
-    def _count(self, micro_batches: Sequence[Batch], failure: str | None) -> tuple[Tensor, str | None]:
+    def _largest_canvas(self, micro_batches: Sequence[Batch]) -> tuple[int, int] | None:
+        """The (h, w) that all processes pad to, where they may bring different ones: a reduction and a device read
+        more, before there is anything to wait for. None: it is the window's already."""
+        if not self.own_canvas:
+            return None
+        sides = [max((b.canvas_px[i] for b in micro_batches), default=0) for i in range(2)]
+        height, width = all_reduce_max(torch.tensor(sides), self.accelerator.device).tolist()
+        return height, width
+
+    def _count(
+        self, micro_batches: Sequence[Batch], failure: str | None, canvas_px: tuple[int, int] | None
+    ) -> tuple[Tensor, str | None]:
         """The window's counts over all processes, and why this process cannot take part."""
         count = torch.cat([self.criterion.count([]), torch.zeros(len(FACTS) + PIXELS, dtype=torch.float64)])
         if failure is None:
             try:
                 rows = [
-                    torch.cat([self.criterion.count(b.targets), count_facts(b.targets), count_pixels(b)])
+                    torch.cat([self.criterion.count(b.targets), count_facts(b.targets), count_pixels(b, canvas_px)])
                     for b in micro_batches
                 ]
                 count = torch.stack([count, *rows]).sum(0)
@@ -200,7 +216,7 @@ class WindowRunner:
         if self.criterion.noise is None:
             return 0
         most = max((len(t.labels) for b in micro_batches for t in b.targets), default=0)
-        return all_reduce_max(most, self.accelerator.device)
+        return int(all_reduce_max(torch.tensor(most), self.accelerator.device))
 
     def _compute(
         self,
@@ -236,6 +252,8 @@ class WindowRunner:
         denoising = self.criterion.disturb(batch, share.most_boxes, self.seed)
         with section("copy"):
             batch = batch.to(self.accelerator.device, non_blocking=True)
+            if share.canvas_px is not None:
+                batch = batch.padded(share.canvas_px)
         self.phases.begin("forward")
         with section("forward"):
             outputs, denoising = forward(self.model, batch, denoising)
@@ -330,6 +348,7 @@ class _Share:
     out_of_memory: bool = False
     abandoned: bool = False
     failure: str | None = None
+    canvas_px: tuple[int, int] | None = None  # to pad to
 
 
 def forward(
@@ -356,10 +375,10 @@ def count_facts(targets: Sequence[Targets]) -> Tensor:
     return torch.tensor([*counts, tiny], dtype=torch.float64)
 
 
-def count_pixels(batch: Batch) -> Tensor:
+def count_pixels(batch: Batch, canvas_px: tuple[int, int] | None = None) -> Tensor:
     """Pixels of a micro-batch's images, and of the canvases that hold them: float64 [2] on the host. Each micro-batch
-    counts with its own canvas, however the window was cut."""
-    height, width = batch.canvas_px
+    counts with its own canvas, however the window was cut, or with ``canvas_px``."""
+    height, width = canvas_px or batch.canvas_px
     used = sum(h * w for h, w in (t.size_px for t in batch.targets))
     return torch.tensor([used, len(batch) * height * width], dtype=torch.float64)
 

@@ -340,9 +340,9 @@ def test_it_is_on_between_its_start_and_its_stop_and_off_at_the_end(name):
 def test_default_is_detrs_policy_and_a_recipe_says_when():
     base = "data: {format: shapes, shapes: {num_train: 40, image_size: 64}%s}\nbatch: {size: 8}\nschedule: {epochs: 10}"
     plain = recipes.loads(base % "")
-    assert data._strong(plain, 40) is None and data._tasks(plain, Boxes(40), 4, 0, 1, 0, 9).strong is None
+    assert data.sizes.strong_policy(plain, 40) is None and data._tasks(plain, Boxes(40), 4, 0, 1, 0, 9).strong is None
     text = ", augment: {mosaic: {probability: 0.5, start: 0.07, stop: 0.57}, photometric: {probability: 0.5}}"
-    strong = data._strong(recipes.loads(base % text), 40)
+    strong = data.sizes.strong_policy(recipes.loads(base % text), 40)
     assert strong.total_windows == 50
     assert [sorted(strong.at(w).probabilities()) for w in (0, 3, 4, 28, 29, 44, 45, 49)] == [
         ["photometric"], ["photometric"], ["mosaic", "photometric"], ["mosaic", "photometric"], ["photometric"],

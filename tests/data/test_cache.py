@@ -221,3 +221,26 @@ def test_a_workers_memory_does_not_grow_over_epochs(tmp_path):
             (worker,) = [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE][-1:]
             own.append(worker.memory_full_info().uss / 2**20)
     assert own[1] - own[0] < 20, own  # the interpreter's own heap, copied page by page, would be a hundred
+
+
+def test_boxes_that_were_cut_are_counted_from_a_cache_too(folder, tmp_path):
+    recipe = recipe_for(tmp_path / "c", root=folder, **SMALL)
+    path = folder / "annotations/instances_train.json"
+    truth = json.loads(path.read_text())
+    image = truth["images"][4]
+    mine = [a for a in truth["annotations"] if a["image_id"] == image["id"]] or truth["annotations"][:1]
+    mine[0] |= {"image_id": image["id"], "bbox": [image["width"] - 30, 10, 60, 40]}
+    path.write_text(json.dumps(truth))
+    for splits in (data.build(recipe), build(recipe), build(recipe)):  # without, building, found
+        assert splits.train.sample(4).num_cut == 1
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x80\x04cos\nsystem\n", b"PK\x03\x04 and no more"])
+def test_a_damaged_index_is_built_anew(folder, tmp_path, damage):
+    recipe = recipe_for(tmp_path / "c", root=folder, **SMALL)
+    wanted = build(recipe).train.sample(4)
+    for index in (tmp_path / "c").glob("*.npz"):
+        index.write_bytes(damage)
+    splits = build(recipe)
+    assert "built in" in splits.found[-2]
+    assert (splits.train.sample(4).image == wanted.image).all()

@@ -1,6 +1,5 @@
 """``detr-accel check-data``: each kind of dirt is found, counted, shown, and told what training does about it."""
 
-import importlib.util
 import json
 import random
 import re
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from shared import load_module
 
 from detr_accel import cli, data
 from detr_accel.data.check import ALL, CHECKS
@@ -297,9 +297,7 @@ def test_genuine_data(name, harm):
 
 
 def test_fuzzed_annotations_never_crash_the_check(tmp_path, write_split):
-    spec = importlib.util.spec_from_file_location("dirt_for_check", Path(__file__).with_name("test_dirt.py"))
-    dirt = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(dirt)
+    dirt = load_module(Path(__file__).with_name("test_dirt.py"))
     tree = write_split(tmp_path / "annotations/train.json", tmp_path / "images", 5)
     write_split(tmp_path / "annotations/val.json", tmp_path / "images", 2, first=6)
     rng, told = random.Random(5), 0

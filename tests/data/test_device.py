@@ -53,7 +53,7 @@ def test_the_device_makes_what_the_workers_make():
 @pytest.mark.skipif(not COCO_FREE.is_dir(), reason=f"{COCO_FREE} is absent")
 def test_real_photographs_at_the_sizes_of_detr():
     recipe = recipes.Recipe.model_validate({"data": {"root": str(COCO_FREE)}})
-    compare(data.build(recipe).train, data._policy(recipe, 22), 3)
+    compare(data.build(recipe).train, data.sizes.base_policy(recipe, 22), 3)
 
 
 @pytest.mark.gpu

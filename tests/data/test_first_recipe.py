@@ -134,3 +134,4 @@ def test_what_is_no_data_set_is_one_sentence(tmp_path, capsys):
     assert main(["start", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert "Traceback" not in said and said.count("detr-accel: ") == 2
+    assert "parquet files" in said and "annotations/instances_train.json" in said

@@ -1,6 +1,5 @@
 """Hugging Face data sets, in either layout, from parquet, folders or Arrow, are what the same COCO folder is."""
 
-import importlib.util
 import json
 import os
 import pickle
@@ -11,14 +10,13 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
+from shared import load_module
 
 from detr_accel import cli, data
 from detr_accel import recipe as recipes
 from detr_accel.structures import UserError
 
-_spec = importlib.util.spec_from_file_location("hub_sets", Path(__file__).with_name("hub_sets.py"))
-hub_sets = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(hub_sets)
+hub_sets = load_module(Path(__file__).with_name("hub_sets.py"))
 
 
 @pytest.fixture
@@ -313,9 +311,9 @@ def test_check_data_looks_at_a_set_as_at_a_folder(tmp_path, hub_coco, recipe_for
     assert (tmp_path / "out/report.html").read_text().count("<img") >= 2
 
 
-def test_a_row_without_objects_is_an_empty_image_and_one_without_image_is_named(tmp_path, coco, recipe_for):
+def test_a_row_without_boxes_is_an_empty_image_and_one_without_image_is_named(tmp_path, coco, recipe_for):
     rows = hub_sets.records(coco, "train", "lists")
-    rows[1]["objects"], rows[2]["image"] = None, None
+    rows[1]["objects"], rows[2]["image"] = {k: [] for k in rows[1]["objects"]}, None
     hub_sets.write_rows(tmp_path / "set", rows, hub_sets.IMAGES | hub_sets.SIZES | {"objects": hub_sets.lists_of()})
     splits = data.build(recipe_for(tmp_path / "set", format="hub"), {"seed": 5, "train": [*range(1, 11)], "val": [11]})
     assert splits.train.sample(1).labels.tolist() == [] and splits.train.sample(3).labels.tolist() == [0]

@@ -146,5 +146,5 @@ def test_a_long_image_is_decoded_whole_for_its_square_and_counted_so():
 
 def test_check_data_measures_boxes_on_the_squares():
     recipe = recipes.loads("data: {root: /x, square: true, eval_size: 640}\nmodel: {name: rtdetr}")
-    words = data.checks.Model(8, recipe.model.num_queries, *data._evaluated(recipe)).words()
+    words = data.checks.Model(8, recipe.model.num_queries, *data.sizes.evaluated(recipe)).words()
     assert words == "stride 8 px, 300 queries, images squeezed to 640x640"

@@ -1,23 +1,22 @@
 """A set that is streamed: every image once an epoch, the same for any number of processes, at any window at once."""
 
-import importlib.util
 import itertools
 import re
+import shutil
 from pathlib import Path
 
 import datasets
 import datasets.distributed
 import numpy as np
 import pytest
+from shared import load_module
 
 from detr_accel import data
 from detr_accel import recipe as recipes
 from detr_accel.data import hub_columns, look, stream
 from detr_accel.structures import LoaderTime, UserError
 
-_spec = importlib.util.spec_from_file_location("hub_sets", Path(__file__).with_name("hub_sets.py"))
-hub_sets = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(hub_sets)
+hub_sets = load_module(Path(__file__).with_name("hub_sets.py"))
 
 NUM = 22  # with windows of 8: 8, 8, 6
 PER_EPOCH = 3
@@ -91,6 +90,25 @@ def test_a_window_holds_the_same_images_for_any_number_of_processes(make, shards
         for rank in range(num_ranks):
             for target in (t for b in together[rank][w] for t in b.targets):
                 assert target.boxes_cxcywh.equal(boxes[target.image_id]), "the same plan, wherever it is read"
+
+
+@pytest.mark.law1
+def test_padded_to_the_largest_canvas_images_are_those_of_one_process(make):
+    """A process that reads its own lanes knows its own images only; training pads to the largest canvas of all."""
+    recipe, splits = make(4)
+    alone = windows(recipe, splits.train)
+    together = [windows(recipe, splits.train, rank, 2) for rank in range(2)]
+    different = 0
+    for w, window in enumerate(alone):
+        wanted = {t.image_id: (i, m) for b in window for t, i, m in zip(b.targets, b.images, b.mask, strict=True)}
+        parts = [b for part in together for b in part[w]]
+        canvas_px = tuple(max(b.canvas_px[i] for b in parts) for i in range(2))
+        assert canvas_px == window[0].canvas_px
+        different += any(b.canvas_px != canvas_px for b in parts)
+        for b in (b.padded(canvas_px) for b in parts):
+            for target, image, mask in zip(b.targets, b.images, b.mask, strict=True):
+                assert image.equal(wanted[target.image_id][0]) and mask.equal(wanted[target.image_id][1])
+    assert different > 0
 
 
 def test_a_process_reads_its_own_shards_where_they_divide(make, monkeypatch):
@@ -194,7 +212,7 @@ def test_a_shorter_length_leaves_the_rest_out(make):
     [
         (lambda row: row["image"].update(bytes=b"no image"), "row 3 cannot be decoded"),
         (lambda row: row.update(image=None), "row 3 has no image: remove the row"),
-        (lambda row: row["objects"]["bbox"][0].__setitem__(1, float("inf")), "row 3: bbox .* four finite numbers"),
+        (lambda row: row.update(objects=None), "row 3: its objects are null"),
         (lambda row: row["objects"]["category"].pop(), "row 3: its objects' fields differ in length"),
     ],
 )
@@ -297,14 +315,70 @@ def test_a_stream_is_closed_with_its_windows(make):
 def test_row_counts_are_read_from_any_file_system(make):
     import fsspec
 
+    from detr_accel.data import hub_files
+
+    def rows(names):
+        return hub_files.shard_rows(hub_files.look_at(names))
+
     recipe, splits = make(4)
     files = sorted(Path(recipe.data.root).glob("train-*"))
     for file in files:
         with fsspec.open(f"memory://set/{file.name}", "wb") as out:
             out.write(file.read_bytes())
     remote = [f"memory://set/{file.name}" for file in files]
-    assert stream.parquet_rows(remote) == stream.parquet_rows(list(map(str, files))) == splits.train.shard_rows
-    assert stream.parquet_rows([*remote, "memory://set/im1.jpg"]) is None and stream.parquet_rows([]) is None
+    assert rows(remote) == rows(list(map(str, files))) == splits.train.shard_rows
+    assert rows([*remote, "memory://set/im1.jpg"]) is None and rows([]) is None
+
+
+def test_a_shard_that_is_cut_off_is_named_at_the_start(make):
+    recipe, _ = make(4)
+    file = Path(recipe.data.root) / "train-00002-of-00004.parquet"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=f"^{file} cannot be read as parquet: .*write the file anew$"):
+        make(4)
+
+
+def test_the_files_know_better_than_the_card_how_many_images_there_are(make):
+    train = make(4)[1].train
+    for card in (NUM - 4, NUM + 4):
+        source = stream.open_stream(
+            train.dataset, hub_columns.Columns(), train.shard_rows, None, 12, "auto", "set", card=card
+        )
+        assert len(source) == NUM
+    untold = stream.open_stream(train.dataset, hub_columns.Columns(), None, None, 12, 1, "set", card=NUM + 4)
+    recipe, _ = make(4)
+    with pytest.raises(UserError, match=f"after {NUM} images, its card says {NUM + 4}: set data.hub.length={NUM}"):
+        windows(recipe, untold)
+
+
+@pytest.mark.law2
+def test_a_stream_is_known_by_its_files_and_not_by_where_they_lie(tmp_path, coco, make):
+    recipe, splits = make(4)
+    folder, known = Path(recipe.data.root), splits.train.fingerprint()
+    shutil.copytree(folder, tmp_path / "moved")
+    assert make(folder=tmp_path / "moved")[1].train.fingerprint() == known
+    first = folder / "train-00002-of-00004.parquet"
+    rows = datasets.Dataset.from_parquet(str(first), cache_dir=str(tmp_path / "some"))
+
+    def shifted(row):
+        return row | {"objects": row["objects"] | {"bbox": [[x + 1, *more] for x, *more in row["objects"]["bbox"]]}}
+
+    rows.map(shifted, features=rows.features).to_parquet(first)
+    assert make(4)[1].train.shard_rows == splits.train.shard_rows
+    assert make(4)[1].train.fingerprint() != known
+
+
+@pytest.mark.parametrize("split", ["val", "train"])
+def test_a_split_of_a_stream_is_evaluated_without_the_files_of_another(make, split):
+    recipe, splits = make(4)
+    kept = data.eval_source(recipe, split=split)
+    assert len(kept) == {"val": len(splits.val), "train": NUM}[split]
+    for file in Path(recipe.data.root).glob("validation-*" if split == "train" else "train-*"):
+        held = file.read_bytes()  # the footers are read, to know the columns; no image is
+        footer = int.from_bytes(held[-8:-4], "little") + 8
+        file.write_bytes(held[:4] + bytes(len(held) - footer - 4) + held[-footer:])
+    shutil.rmtree(datasets.config.HF_DATASETS_CACHE)
+    assert len(data.eval_source(recipe, split=split)) == len(kept)
 
 
 def test_lanes_end_together(make):

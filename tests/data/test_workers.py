@@ -109,3 +109,9 @@ def test_auto_is_a_few_where_nothing_is_measured(recipe_for):
         recipe, data.build(recipe).train, micro=2, num_ranks=1, device="cpu", room=room_of(GIB, cores=8)
     )
     assert by == Loading(2, 3) and note is None, "four micro-batches a window"
+
+
+def test_an_image_that_no_decoder_makes_smaller_is_counted_whole():
+    policy = Augmentation(0.5, (320,), 512, 0.0, (400,), (384, 600))
+    assert workers.decoded_bytes([(3024, 4032)], policy, None, scaled=False) == 3 * 3024 * 4032
+    assert workers.decoded_bytes([(3024, 4032)], policy, None) < 3 * 3024 * 4032 / 4

@@ -1,6 +1,5 @@
 """Law 5: our numbers are pycocotools' numbers, to the last digit, with either backend."""
 
-import importlib.util
 import json
 import math
 from dataclasses import replace
@@ -8,15 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from shared import load_module
 
 from detr_accel import evaluate
 from detr_accel.evaluate import best_f1
 from detr_accel.evaluate.coco import BACKENDS, NAMES
 from detr_accel.structures import Detections, UserError
 
-_spec = importlib.util.spec_from_file_location("evaluation_cases", Path(__file__).with_name("cases.py"))
-cases = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(cases)
+cases = load_module(Path(__file__).with_name("cases.py"))
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 

@@ -1,21 +1,19 @@
 """Law 5: one process = two processes = pycocotools; each image counts exactly once, or nobody gets a number."""
 
-import importlib.util
 import json
 import os
 from pathlib import Path
 
 import pytest
 import warm
+from shared import load_module
 
 from detr_accel.evaluate.coco import NAMES
 
 SCRIPT = Path(__file__).with_name("cases.py")
 ROOT = Path(__file__).parents[2]
 
-_spec = importlib.util.spec_from_file_location("evaluation_cases_sharded", SCRIPT)
-cases = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(cases)
+cases = load_module(SCRIPT)
 
 
 def launch(out: Path, processes: int) -> list[dict]:

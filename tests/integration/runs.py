@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import warm
 from PIL import Image
 
@@ -58,7 +60,21 @@ def launch(folder: Path, *arguments: str, processes: int = 1, launcher: list[str
     if launcher is None:
         return warm.run(program, env=env, cwd=folder, processes=processes if processes > 1 else 0, timeout=timeout)
     command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "--main_process_port", "0"]
-    return subprocess.run([*command, *program], cwd=folder, env=env, capture_output=True, text=True, timeout=timeout)
+    return _to_its_end([*command, *program], folder, env | {"PYTHONFAULTHANDLER": "1"}, timeout)
+
+
+def _to_its_end(command: list[str], folder: Path, env: dict, timeout: int) -> subprocess.CompletedProcess:
+    """``subprocess.run``, but one that lasts too long shows where each of its processes stands."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=folder, env=env, text=True, **pipes) as process:
+        try:
+            said = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+                child.send_signal(signal.SIGABRT)  # Python's fault handler prints the stacks
+            said = process.communicate()
+            raise AssertionError(f"not at its end after {timeout} s:\n{said[0][-3000:]}\n{said[1][-9000:]}") from None
+    return subprocess.CompletedProcess(command, process.returncode, *said)
 
 
 def launch_script(script: Path, processes: int, *arguments: str, timeout: int = 280):

@@ -1,14 +1,12 @@
 """The embedded default's first losses stay what they were: a change of numbers does not slip in with something else."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+from shared import load_module
 
-_spec = importlib.util.spec_from_file_location("golden_curve", Path(__file__).with_name("golden_curve.py"))
-golden = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(golden)
+golden = load_module(Path(__file__).with_name("golden_curve.py"))
 
 
 def test_the_first_losses_of_shapes_are_the_golden_ones(tmp_path):

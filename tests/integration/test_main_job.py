@@ -1,6 +1,5 @@
 """The main job, whole, as a person starts it: train, status, evaluate, predict, resume, on one process and on two."""
 
-import importlib.util
 import json
 from collections import Counter
 from pathlib import Path
@@ -9,22 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
+from shared import load_module
 
 from detr_accel import data, recipe
 from detr_accel.infer.evaluation import evaluate_checkpoint
 
-
-def _helper(path: Path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 HERE = Path(__file__).parent
-runs = _helper(HERE / "runs.py")
-sharded_eval = _helper(HERE / "sharded_eval.py")
-wandb_file = _helper(HERE.parent / "monitor/wandb_file.py")
+runs = load_module(HERE / "runs.py")
+sharded_eval = load_module(HERE / "sharded_eval.py")
+wandb_file = load_module(HERE.parent / "monitor/wandb_file.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Law 2, by killing: SIGKILL at any moment, again and again, and the run that comes out is the one never disturbed."""
 
-import importlib.util
 import json
 import os
 import random
@@ -13,10 +12,9 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from shared import load_module
 
-_spec = importlib.util.spec_from_file_location("runs_soak", Path(__file__).with_name("runs.py"))
-runs = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(runs)
+runs = load_module(Path(__file__).with_name("runs.py"))
 
 KILLS = int(os.environ.get("SOAK_KILLS", "25"))  # for each number of processes
 LONG = [a for a in runs.TINY if not a.startswith(("schedule", "data.shapes.num_train"))] + [

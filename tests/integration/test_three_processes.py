@@ -1,20 +1,12 @@
 """Eight images a step on three processes, which no division makes even: a real run, as a person launches it."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+from shared import load_module
 
-
-def _helper(path: Path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-runs = _helper(Path(__file__).parent / "runs.py")
+runs = load_module(Path(__file__).parent / "runs.py")
 SHORT = ["data.shapes.num_train=8", "data.shapes.num_val=4", "data.workers=0", "schedule.epochs=1", "ema.enabled=false"]
 # LayerNorm: the batch statistics of a live BatchNorm would be the layout's, the exception of law 1
 SAME = ["model.backbone.name=convnext_atto", "model.dropout=0"]

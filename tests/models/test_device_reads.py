@@ -1,18 +1,16 @@
 """A training step waits for the device once: to solve the assignment."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
+from shared import load_module
 
 from detr_accel import models
 from detr_accel.structures import Batch
 
 _FILE = Path(__file__).parents[2] / "benchmarks" / "device_reads.py"
-_spec = importlib.util.spec_from_file_location("device_reads", _FILE)
-device_reads = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(device_reads)
+device_reads = load_module(_FILE)
 CountReads = device_reads.CountReads
 
 def test_the_counter_counts():

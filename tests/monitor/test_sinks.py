@@ -1,21 +1,19 @@
 """The json files of a run: deterministic rows apart from the clock, whole after any kill."""
 
-import importlib.util
 import io
 import json
 import resource
 from pathlib import Path
 
 import pytest
+from shared import load_module
 
 from detr_accel.monitor.console import Console
 from detr_accel.monitor.jsonl import JsonLines, read
 from detr_accel.monitor.sinks import Silent, Sinks, _Sent
 from detr_accel.monitor.timing import Eta
 
-_spec = importlib.util.spec_from_file_location("monitor_small_run", Path(__file__).with_name("small_run.py"))
-small_run = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(small_run)
+small_run = load_module(Path(__file__).with_name("small_run.py"))
 
 
 def make(folder: Path, start: int = 0) -> tuple[Sinks, io.StringIO]:

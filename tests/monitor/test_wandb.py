@@ -1,6 +1,5 @@
 """The offline W&B run as it lies on disk: each thing once, at its step."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -9,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import warm
+from shared import load_module
 
 from detr_accel.monitor.wandb_sink import decide_mode, tracker_kwargs
 from detr_accel.structures import UserError
 
-_spec = importlib.util.spec_from_file_location("wandb_file", Path(__file__).with_name("wandb_file.py"))
-wf = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(wf)
+wf = load_module(Path(__file__).with_name("wandb_file.py"))
 SCRIPT = Path(__file__).with_name("small_run.py")
 ROOT = Path(__file__).parents[2]
 KEYS = ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DISABLED", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL")

@@ -2,11 +2,11 @@
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from shared import load_module
 
 from detr_accel import recipe as recipes
 from detr_accel.structures import UserError
@@ -16,16 +16,8 @@ from detr_accel.train.optim import build_optimizer
 ROOT = Path(__file__).parents[2]
 
 
-def _helper(name: str, path: Path):
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-alarm_cases = _helper("alarm_cases", ROOT / "benchmarks" / "alarm_cases.py")
-runs = _helper("runs_alarms", ROOT / "tests" / "integration" / "runs.py")
+alarm_cases = load_module(ROOT / "benchmarks" / "alarm_cases.py")
+runs = load_module(ROOT / "tests" / "integration" / "runs.py")
 TINY = [*runs.TINY, "data.workers=0", "ema.enabled=false", "device=cpu", "precision=no", "evaluate.every_epochs=1000"]
 
 

@@ -1,11 +1,11 @@
 """More than a hundred, and more than three hundred objects in an image: nothing is lost without a word."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from shared import load_module
 
 from detr_accel import evaluate, models
 from detr_accel import recipe as recipes
@@ -14,11 +14,7 @@ from detr_accel.structures import Batch, Targets
 from detr_accel.train import rehearsal_data
 from detr_accel.train.window import forward
 
-_spec = importlib.util.spec_from_file_location(
-    "alarm_histories", Path(__file__).parents[1] / "monitor" / "test_alarms.py"
-)
-histories = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(histories)
+histories = load_module(Path(__file__).parents[1] / "monitor" / "test_alarms.py")
 
 TEXT = """
 name: crowded

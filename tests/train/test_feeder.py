@@ -1,12 +1,12 @@
 """data.workers auto: what the first windows took settles it, on every process alike, and nothing else changes."""
 
-import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from shared import load_module
 
 from detr_accel import data
 from detr_accel import recipe as recipes
@@ -17,9 +17,7 @@ from detr_accel.train.feeder import Feeder
 from detr_accel.train.loop import train
 from detr_accel.train.parts import Length
 
-_spec = importlib.util.spec_from_file_location("injected_feeder", Path(__file__).with_name("injected.py"))
-injected = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(injected)
+injected = load_module(Path(__file__).with_name("injected.py"))
 EIGHT = workers.Machine("here", frozenset(range(8)), float("inf"), 2**36, 2**36)
 
 

@@ -1,6 +1,5 @@
 """A process that dies under the others: words and an alarm instead of a traceback, and a run that can go on."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,12 +9,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from shared import load_module
 
 from detr_accel.train import lost
 
-_spec = importlib.util.spec_from_file_location("runs_lost", Path(__file__).parents[1] / "integration" / "runs.py")
-runs = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(runs)
+runs = load_module(Path(__file__).parents[1] / "integration" / "runs.py")
 
 LONG = [a for a in runs.TINY if not a.startswith("schedule")] + ["schedule.steps=400", "checkpoint.every_steps=3"]
 

@@ -1,13 +1,12 @@
 """A file that goes away in the middle of a run empties its place in the window, and nothing else."""
 
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from shared import load_module
 
 from detr_accel import data
 from detr_accel import recipe as recipes
@@ -21,16 +20,8 @@ TESTS = Path(__file__).parents[1]
 pytestmark = pytest.mark.law8
 
 
-def load(path: Path):
-    spec = importlib.util.spec_from_file_location(f"{path.stem}_lost", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-inject, injected = (load(Path(__file__).with_name(f"{n}.py")) for n in ("injecting", "injected"))
-runs = load(TESTS / "integration/runs.py")
+inject, injected = (load_module(Path(__file__).with_name(f"{n}.py")) for n in ("injecting", "injected"))
+runs = load_module(TESTS / "integration/runs.py")
 PLAIN = "schedule: {epochs: 3, kind: constant}\ncheckpoint: {every_steps: 1, keep: 99}\n"
 
 

@@ -1,10 +1,10 @@
 """``auto``: what fits is found by trying, before the first step, and leaves no trace in the training."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
+from shared import load_module
 
 from detr_accel import data
 from detr_accel import recipe as recipes
@@ -14,15 +14,8 @@ from detr_accel.train import loop, memory_fit, parts
 from detr_accel.train.launch import make_accelerator
 from detr_accel.train.loop import train
 
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(f"{name}_fit", Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-inject, injected = load("injecting"), load("injected")
+inject = load_module(Path(__file__).with_name("injecting.py"))
+injected = load_module(Path(__file__).with_name("injected.py"))
 SHORT = "schedule: {steps: 2, kind: constant}\n"
 
 
@@ -133,9 +126,11 @@ def test_what_auto_chose_is_kept_on_resume(tmp_path, monkeypatch, capsys):
     assert "batch.micro 8 as before" in capsys.readouterr().out
 
 
-def test_no_plan_passes_the_worst_canvas():
+@pytest.mark.parametrize("step", [1, 64])
+def test_no_plan_passes_the_worst_canvas(step):
     text = "name: t\ndata: {format: shapes, augment: {crop: 0.7, crop_size: [30, 70], crop_scales: [60, 90]"
-    recipe = recipes.loads(text + ", scales: [64, 96], max_size: 140}, shapes: {image_size: 100, num_train: 400}}")
+    text += f", canvas_step: {step}, scales: [64, 96], max_size: 140}}, shapes: {{image_size: 100, num_train: 400}}}}"
+    recipe = recipes.loads(text)
     source = data.build(recipe).train
     (height, width), most = data.worst_window(recipe, source)
     assert most == 6

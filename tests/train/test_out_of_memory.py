@@ -1,10 +1,10 @@
 """Law 4: running out of memory loses no sample and changes neither batch.size nor the result."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
+from shared import load_module
 
 from detr_accel import models
 from detr_accel.recipe import loads
@@ -13,9 +13,7 @@ from detr_accel.train import memory_fit
 from detr_accel.train.checkpoint import State
 from detr_accel.train.window import is_out_of_memory
 
-_spec = importlib.util.spec_from_file_location("injecting_memory", Path(__file__).with_name("injecting.py"))
-inject = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(inject)
+inject = load_module(Path(__file__).with_name("injecting.py"))
 
 AT = 3
 PLACES = [("forward", 0), ("forward", 1), ("backward", 0), ("backward", 1)]

@@ -1,6 +1,5 @@
 """Early stopping and the schedule on a plateau: decided by evaluations, remembered in the checkpoint."""
 
-import importlib.util
 import json
 import math
 import os
@@ -8,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from shared import load_module
 
 from detr_accel import recipe as recipes
 from detr_accel.recipe import Recipe
@@ -15,15 +15,8 @@ from detr_accel.train import loop
 from detr_accel.train.loop import train
 from detr_accel.train.patience import Patience, Waiting
 
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(f"{name}_patience", Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-inject, injected = load("injecting"), load("injected")
+inject = load_module(Path(__file__).with_name("injecting.py"))
+injected = load_module(Path(__file__).with_name("injected.py"))
 # a rate of next to nothing: nothing gets better by 0.5
 STILL = "optim: {lr: 1.0e-9, lr_backbone: 1.0e-9}\nschedule: {epochs: 4, kind: constant}\n"
 

@@ -1,22 +1,15 @@
 """A training whose pixels are worked on beside the model."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
+from shared import load_module
 
 from detr_accel import recipe as recipes
 from detr_accel.train.loop import train
 
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(f"{name}_pixels", Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-inject, injected = load("injecting"), load("injected")
+inject = load_module(Path(__file__).with_name("injecting.py"))
+injected = load_module(Path(__file__).with_name("injected.py"))
 
 
 def run(folder: Path, pixels: str, more: str, resume: bool = False) -> Path:

@@ -1,12 +1,12 @@
 """The plan: what a step would hold, counted without computing it, is what the profiler sees it hold."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from shared import load_module
 from torch.nn import functional as F
 
 from detr_accel import cli, data, models
@@ -20,15 +20,8 @@ ROOT = Path(__file__).parents[2]
 GIB = 2**30
 
 
-def load(path: Path):
-    spec = importlib.util.spec_from_file_location(f"{path.stem}_plan", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-check = load(ROOT / "benchmarks" / "plan_check.py")
-injected = load(Path(__file__).with_name("injected.py"))
+check = load_module(ROOT / "benchmarks" / "plan_check.py")
+injected = load_module(Path(__file__).with_name("injected.py"))
 
 # frozen, folded norms (their weights are not read), dropout, an average: everything that a step can hold
 SMALL = """

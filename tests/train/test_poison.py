@@ -1,20 +1,14 @@
 """Law 3: a window whose loss or gradient is not finite changes nothing that lasts, on any process."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+from shared import load_module
 
-_spec = importlib.util.spec_from_file_location("injecting_poison", Path(__file__).with_name("injecting.py"))
-inject = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(inject)
+inject = load_module(Path(__file__).with_name("injecting.py"))
 
-_spec = importlib.util.spec_from_file_location(
-    "wandb_file_poison", Path(__file__).parents[1] / "monitor" / "wandb_file.py"
-)
-wandb_file = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(wandb_file)
+wandb_file = load_module(Path(__file__).parents[1] / "monitor" / "wandb_file.py")
 
 pytestmark = pytest.mark.law3
 KINDS = ["image", "weight", "loss", "gradient"]

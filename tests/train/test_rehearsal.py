@@ -1,6 +1,5 @@
 """``--rehearse``: a healthy recipe is safe to leave; with one thing broken, that thing is named, with exit code 1."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import warm
 from PIL import Image
+from shared import load_module
 
 from detr_accel import cli, data
 from detr_accel import recipe as recipes
@@ -22,9 +22,7 @@ from detr_accel.train.rehearsal_process import Child, Starter, Trouble
 
 ROOT = Path(__file__).parents[2]
 FAULTS = Path(__file__).with_name("rehearsal_faults.py")
-_spec = importlib.util.spec_from_file_location("runs", ROOT / "tests" / "integration" / "runs.py")
-runs = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(runs)
+runs = load_module(ROOT / "tests" / "integration" / "runs.py")
 PLAIN = Starter.as_started
 SHAPES = ["--recipe", str(ROOT / "recipes/shapes.yaml"), *runs.TINY, "device=cpu", "name=r"]
 
@@ -286,7 +284,7 @@ def test_a_disk_too_small_for_what_is_to_come(place, capsys):
     try:
         found = rehearse(capsys, *SHAPES, "--runs", "small")
     finally:
-        subprocess.run(["umount", str(place / "small")], check=True)
+        subprocess.run(["umount", "--lazy", str(place / "small")], check=True)
     refused(found, "disk: 5 checkpoints of 7 MiB at a time", "small has", "lower checkpoint.keep")
 
 

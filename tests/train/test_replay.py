@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib.util
 import itertools
 import json
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from shared import load_module
 
 from detr_accel import data
 from detr_accel import recipe as recipes
@@ -23,9 +23,7 @@ from detr_accel.train.capture import CAPTURE, Captures
 from detr_accel.train.checkpoint import State
 from detr_accel.train.launch import make_accelerator
 
-_spec = importlib.util.spec_from_file_location("runs", Path(__file__).parents[1] / "integration" / "runs.py")
-runs = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(runs)
+runs = load_module(Path(__file__).parents[1] / "integration" / "runs.py")
 
 RECIPE = "name: faulty\ndata: {format: shapes}\nmodel: {backbone: {name: test_resnet, weights: none, norm: live}}\n"
 LAYER = "transformer.decoder.layers.1"

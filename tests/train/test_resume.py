@@ -1,6 +1,5 @@
 """Law 2: a run that was stopped or killed and started again is the run that was never stopped, bit for bit."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -8,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from shared import load_module
 
 from detr_accel import models
 from detr_accel import recipe as recipes
@@ -16,15 +16,8 @@ from detr_accel.structures import UserError
 from detr_accel.train import changes, checkpoint, loop, stopping, validation
 from detr_accel.train.loop import train
 
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(f"{name}_resume", Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-inject, injected = load("injecting"), load("injected")
+inject = load_module(Path(__file__).with_name("injecting.py"))
+injected = load_module(Path(__file__).with_name("injected.py"))
 FLIPS = "schedule: {epochs: 3, kind: cosine}\ncheckpoint: {every_steps: 2, keep: 9}\n"
 
 

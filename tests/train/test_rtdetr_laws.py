@@ -1,26 +1,20 @@
 """Laws 2, 3 and 4 for RT-DETR: live norms in the encoder, denoising noise that follows from an image's place."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+from shared import load_module
 
 from detr_accel import recipe as recipes
 from detr_accel.models import weights
 from detr_accel.train import replay
 from detr_accel.train.replay_report import place
 
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(f"{Path(name).name}_rtdetr", Path(__file__).parent / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-inject, injected, launcher = load("injecting"), load("injected"), load("../integration/runs")
-SHARDED = Path(__file__).parents[1] / "integration" / "sharded_eval.py"
+HERE = Path(__file__).parent
+inject, injected = load_module(HERE / "injecting.py"), load_module(HERE / "injected.py")
+launcher = load_module(HERE.parent / "integration" / "runs.py")
+SHARDED = HERE.parent / "integration" / "sharded_eval.py"
 AT = 3  # of six windows, counted from 0
 KINDS = ["denoising", "gradient", "weight"]
 

@@ -1,11 +1,11 @@
 """fp16's scaler, on a CPU: its search for a scale is no poison, and poison is not its business."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.optimizer import patch_optimizer_step
+from shared import load_module
 
 from detr_accel import data
 from detr_accel import recipe as recipes
@@ -20,9 +20,7 @@ from detr_accel.train.run_folder import RunFolder
 from detr_accel.train.saving import Saver
 from detr_accel.train.window import WindowResult
 
-_spec = importlib.util.spec_from_file_location("injected_scaler", Path(__file__).with_name("injected.py"))
-injected = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(injected)
+injected = load_module(Path(__file__).with_name("injected.py"))
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
 """The loss of a set of images is a training window's, and the same however the set is dealt."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
+from shared import load_module
 
 from detr_accel import data
 from detr_accel import recipe as recipes
@@ -14,15 +14,8 @@ from detr_accel.train.launch import make_accelerator
 from detr_accel.train.loop import train
 from detr_accel.train.set_loss import SetLoss, num_images, over
 
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(f"{name}_set_loss", Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-inject, injected = load("injecting"), load("injected")
+inject = load_module(Path(__file__).with_name("injecting.py"))
+injected = load_module(Path(__file__).with_name("injected.py"))
 
 
 @pytest.fixture(scope="module")
