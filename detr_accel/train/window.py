@@ -142,14 +142,14 @@ class WindowRunner:
         self.criterion.train()
         self.model.train()
         self.forward_state.remember()
-        canvas_px = self._largest_canvas(micro_batches)
+        canvas_px, most_boxes = self._largest(micro_batches)
         total, failure = self._count(micro_batches, requests.failure, canvas_px)
         if self.overlap and (failure or requests.broken):  # the others enter backward's reductions and cannot be told
             raise Lonely(failure or "memory ran out inside the optimizer's step; go on with --resume")
         overlap = self.overlap and all_share
         if overlap and planned is not None:  # a device read, of this mode only
             overlap = int(total[2]) == planned
-        share = _Share(failure=failure, canvas_px=canvas_px, most_boxes=self._most_boxes(micro_batches))
+        share = _Share(failure=failure, canvas_px=canvas_px, most_boxes=most_boxes)
         if failure is None and not requests.broken:
             self._compute(micro_batches, self.criterion.normalisers(total[:3]), overlap, share, requests)
         with self.clock.section("reduce"):
@@ -186,14 +186,20 @@ class WindowRunner:
             for p in rows:
                 p.grad = None
 
-    def _largest_canvas(self, micro_batches: Sequence[Batch]) -> tuple[int, int] | None:
-        """The (h, w) that all processes pad to, where they may bring different ones: a reduction and a device read
-        more, before there is anything to wait for. None: it is the window's already."""
-        if not self.own_canvas:
-            return None
+    def _largest(self, micro_batches: Sequence[Batch]) -> tuple[tuple[int, int] | None, int]:
+        """What all processes must have alike: a reduction and a device read more where there are several, before there
+        is anything to wait for.
+
+        Returns:
+            The (h, w) to pad to where processes may bring different ones, None: it is the window's already; and, where
+            there are denoising queries, the most boxes of an image, which they all have their size from, else 0.
+        """
         sides = [max((b.canvas_px[i] for b in micro_batches), default=0) for i in range(2)]
-        height, width = all_reduce_max(torch.tensor(sides), self.accelerator.device).tolist()
-        return height, width
+        most = max((len(t.labels) for b in micro_batches for t in b.targets), default=0)
+        denoised = self.criterion.noise is not None
+        if self.own_canvas or (denoised and self.accelerator.num_processes > 1):
+            *sides, most = all_reduce_max(torch.tensor([*sides, most]), self.accelerator.device).tolist()
+        return (sides[0], sides[1]) if self.own_canvas else None, most if denoised else 0
 
     def _count(
         self, micro_batches: Sequence[Batch], failure: str | None, canvas_px: tuple[int, int] | None
@@ -210,13 +216,6 @@ class WindowRunner:
             except UserError as error:
                 failure = str(error)
         return all_reduce_sum(count, self.accelerator.device), failure
-
-    def _most_boxes(self, micro_batches: Sequence[Batch]) -> int:
-        """Of an image of the window, over all processes: the denoising queries of all have one size."""
-        if self.criterion.noise is None:
-            return 0
-        most = max((len(t.labels) for b in micro_batches for t in b.targets), default=0)
-        return int(all_reduce_max(torch.tensor(most), self.accelerator.device))
 
     def _compute(
         self,

@@ -73,7 +73,7 @@ def evaluation():
     def broken(*_):
         raise torch.OutOfMemoryError("injected")
 
-    validation.models = SimpleNamespace(detections=broken)
+    validation.models = SimpleNamespace(detections_of=broken)
 
 
 def killed():
