@@ -5,9 +5,9 @@
 
 Every run is a shipped recipe made short: windows of 4 images of about 96 pixels, a small backbone; 300 windows where it
 is healthy, 100 or 300 where it is broken. The real data are read at ../shared/data; a run whose data are absent is left
-out. The detector that some runs start from is trained first (recipes/shapes.yaml, 3,000 windows), unless --start names
-one. Alarms about time and memory are left aside: a CPU training shares its cores with the loader, and what the machine
-does meanwhile is no part of a run.
+out. The detector that some runs start from is trained first (recipes/detr_shapes.yaml, 3,000 windows), unless --start
+names one. Alarms about time and memory are left aside: a CPU training shares its cores with the loader, and what the
+machine does meanwhile is no part of a run.
 Writes benchmarks/results/alarm_cases.json and .md.
 """
 
@@ -54,7 +54,7 @@ SMALL = [
     "model.num_encoder_layers=1", "model.num_decoder_layers=2", "model.dim_feedforward=128", "model.num_queries=30",
     "model.activation_checkpointing=[]", "optim.lr_backbone=1e-4",
 ]  # fmt: skip
-# the detector of recipes/shapes.yaml, for whatever starts from it
+# the detector of recipes/detr_shapes.yaml, for whatever starts from it
 SHAPES = ["model.hidden_dim=128", "model.num_decoder_layers=3", "model.dim_feedforward=512", "model.num_queries=10"]
 MANY = "model.num_queries=100"  # as DETR has: some of these images hold more than thirty objects
 BRIEF = ["schedule.steps=100"]
@@ -276,13 +276,13 @@ def commit() -> str:
 def start_detector(place: Path) -> Path:
     """A detector of shapes that finds most of them."""
     words = ["name=start", "schedule.steps=3000", "evaluate.every_epochs=1000", "log.wandb.enabled=false", "device=cpu"]
-    return train(recipes.load(ROOT / "recipes" / "shapes.yaml", words), runs=place)
+    return train(recipes.load(ROOT / "recipes" / "detr_shapes.yaml", words), runs=place)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--weights", type=Path, help="ImageNet weights of tf_efficientnet_lite0")
-    parser.add_argument("--start", type=Path, help="a run of recipes/shapes.yaml to start from")
+    parser.add_argument("--start", type=Path, help="a run of recipes/detr_shapes.yaml to start from")
     parser.add_argument("--only", nargs="*", help="names of runs")
     parser.add_argument("--keep", type=Path, help="where the runs are kept (default: a folder that is cleared away)")
     parser.add_argument("--again", action="store_true", help="judge the runs in --keep anew instead of training")

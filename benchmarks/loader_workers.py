@@ -33,7 +33,7 @@ WORKERS, WARM = (0, 1, 2), 2
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--recipe", default=str(ROOT / "recipes" / "shapes.yaml"))
+    parser.add_argument("--recipe", default=str(ROOT / "recipes" / "detr_shapes.yaml"))
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, required=True)

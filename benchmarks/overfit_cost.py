@@ -34,7 +34,7 @@ from detr_accel.train.validation import Validation  # noqa: E402
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--recipe", default=str(ROOT / "recipes" / "shapes.yaml"))
+    parser.add_argument("--recipe", default=str(ROOT / "recipes" / "detr_shapes.yaml"))
     parser.add_argument("--windows", type=int, default=30)
     parser.add_argument("--out", type=Path, required=True)
     args, overrides = parser.parse_known_args()

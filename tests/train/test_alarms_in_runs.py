@@ -23,7 +23,7 @@ TINY = [*runs.TINY, "data.workers=0", "ema.enabled=false", "device=cpu", "precis
 
 def run(folder: Path, *words: str, name: str = "a", **more) -> list[dict]:
     """Train; returns the rows of alarms.jsonl."""
-    recipe = recipes.load(ROOT / "recipes" / "shapes.yaml", [*TINY, f"name={name}", *words])
+    recipe = recipes.load(ROOT / "recipes" / "detr_shapes.yaml", [*TINY, f"name={name}", *words])
     return runs.rows(train(recipe, runs=folder, **more) / "alarms.jsonl")
 
 

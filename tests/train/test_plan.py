@@ -319,7 +319,7 @@ def test_a_run_logs_memory_by_phase_beside_the_plan(tmp_path, capsys, monkeypatc
 
 
 def test_an_evaluation_that_is_too_much_is_named_and_nothing_of_the_training():
-    recipe = recipes.load(recipes.folder() / "shapes.yaml", ["device=cpu", "evaluate.batch=512"])
+    recipe = recipes.load(recipes.folder() / "detr_shapes.yaml", ["device=cpu", "evaluate.batch=512"])
     found = plan.plan(recipe, plan.parse_memory("1600MiB"), levers=False)
     assert found.fits and found.settings == ["evaluate.batch=256"]
     assert found.recipe.model.activation_checkpointing == [] and found.peaks.moment == "evaluation"

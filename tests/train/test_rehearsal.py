@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 FAULTS = Path(__file__).with_name("rehearsal_faults.py")
 runs = load_module(ROOT / "tests" / "integration" / "runs.py")
 PLAIN = Starter.as_started
-SHAPES = ["--recipe", str(ROOT / "recipes/shapes.yaml"), *runs.TINY, "device=cpu", "name=r"]
+SHAPES = ["--recipe", str(ROOT / "recipes/detr_shapes.yaml"), *runs.TINY, "device=cpu", "name=r"]
 
 
 @pytest.fixture(scope="module")
