@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from detr_accel import data
 from detr_accel import recipe as recipes
@@ -91,6 +92,42 @@ def test_length_and_patience_follow_the_number_of_images():
     few, many = written(num_images=100)[0], written(num_images=60_000)[0]
     assert few.schedule.epochs == 200 and few.batch.size == 8
     assert many.schedule.epochs == 12 and many.batch.size == 16 and many.optim.lr == 1e-4
+
+
+KEYS = {  # each has a line with a reason from the data; what is not among them is a default
+    "name", "data.root", "data.format", "data.eval_size", "data.eval_max_size", "data.augment.scales",
+    "data.augment.max_size", "data.augment.flip", "model.init_from", "model.num_queries", "batch.size", "batch.micro",
+    "optim.lr", "optim.lr_backbone", "schedule.epochs", "schedule.drop_at", "schedule.warmup_steps", "ema.enabled",
+    "ema.decay", "ema.warmup_steps", "evaluate.max_detections", "early_stop.patience", "early_stop.metric",
+}  # fmt: skip
+NAMED = ("data:", "eval_size", "augment:", "init_from", "num_queries", "batch:", "optim:", "schedule:", "early_stop:")
+
+
+def keys_of(tree: dict, start: str = "") -> set[str]:
+    return set().union(*(keys_of(v, f"{start}{k}.") if isinstance(v, dict) else {start + k} for k, v in tree.items()))
+
+
+@pytest.mark.parametrize("sided", [(), ("turn left",), ("the left hand of an old man in the rain",)])
+@pytest.mark.parametrize("num_images, num_val", [(5, 1), (300, 70), (12_345, 1_234), (1_234_567, 123_456)])
+def test_a_recipe_is_about_fifteen_aligned_lines_each_with_its_reason(num_images, num_val, sided):
+    for fullest in (1, 30, 143, 12_345):
+        for short, small, long in ((4032, 900.0, 1.0), (480, 60.0, 1.33), (480, 3.0, 2.7), (90, 30.0, 11.52)):
+            found = replace(
+                PLAIN, num_images=num_images, num_val=num_val, fullest=fullest, sided=sided, short_px=short,
+                small_px=small, long_to_short=long,
+            )  # fmt: skip
+            for format_ in ("coco", "hub"):
+                text = write(found, "mine", "/data/mine", format_)
+                recipes.loads(text)
+                lines = [line for line in text.splitlines() if not line.startswith("#")]
+                assert len(lines) <= 18 and max(map(len, text.splitlines())) <= 120, text
+                assert keys_of(yaml.safe_load(text)) <= KEYS
+                reasons = [line for line in lines if "#" in line]
+                assert len({line.index("#") for line in reasons}) == 1, "aligned"
+                for key in NAMED:
+                    assert any(line.strip().startswith(key) for line in reasons), key
+                bare = {line.split(":")[0].strip() for line in lines if "#" not in line}
+                assert bare == {"name", "root", "model"}
 
 
 @pytest.mark.parametrize("root", ["/a b/c", 'C:\\data\\"x"', "/ü/日本", "~/x"])
