@@ -361,12 +361,12 @@ def open_stream(
 
 
 def _features(dataset: Any) -> Any:
-    """Told by the set, or seen in its first row."""
+    """Told by the set, or seen in its first rows: more than one, which may hold no object."""
     import datasets
 
     if dataset.features is not None:
         return dataset.features
-    first = next(iter(dataset.with_format("arrow").iter(batch_size=1)), None)
+    first = next(iter(dataset.with_format("arrow").iter(batch_size=LOOKED_AT)), None)
     return {} if first is None else datasets.Features.from_arrow_schema(first.schema)
 
 
