@@ -109,12 +109,14 @@ class HubSource(CocoSource):
         at: int64 [I], the row in the set of each image of the table.
         turned: bool [I], images that a viewer shows turned or mirrored, of sets that tell no sizes.
         scale: as of CocoSource.
+        seen: the classes are those that its boxes have; nothing lists them.
     """
 
     def __init__(
-        self, table: Table, images: ArrowImages, classes: Classes, at: np.ndarray, turned: np.ndarray, scale: bool
-    ) -> None:
-        self.images, self.at, self.turned = images, at, turned
+        self, table: Table, images: ArrowImages, classes: Classes, at: np.ndarray, turned: np.ndarray, scale: bool,
+        seen: bool = False,
+    ) -> None:  # fmt: skip
+        self.images, self.at, self.turned, self.seen = images, at, turned, seen
         super().__init__(table, Path(images.name), table.file_names, classes, scale=scale)
 
     def _file(self, row: int) -> str:
@@ -181,7 +183,7 @@ def open_split(
     own = Classes(columns.class_names, tuple(range(len(columns.class_names))))
     if classes is not None and classes.names != own.names:
         raise UserError(f"{name} has other classes than the training split: both must have the same names")
-    return HubSource(table, images, own, at, turned, dirt.policy == "mend")
+    return HubSource(table, images, own, at, turned, dirt.policy == "mend", columns.named and not asked.class_names)
 
 
 def _look_for_files(images: ArrowImages, num: int, dirt: Dirt) -> None:

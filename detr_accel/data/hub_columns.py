@@ -102,6 +102,16 @@ def resolve(features: Mapping[str, Any], asked: Columns, where: str) -> Columns:
     )  # fmt: skip
 
 
+def category_kind(features: Mapping[str, Any], asked: Columns, where: str) -> Any:
+    """The type of what stands for an object's class.
+
+    Raises:
+        UserError: as ``resolve``.
+    """
+    fields, others = _fields(features, asked.objects, where)
+    return fields[_pick(fields, others, asked.category, CATEGORY_NAMES, "category", where)]
+
+
 def _fields(features: Mapping[str, Any], objects: str | None, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """What one object has, by name; and what else is there, which is no list."""
     if objects is None:
