@@ -77,8 +77,8 @@ class Data(Section):
     would take more, or more than memory and /dev/shm have."""
     group_by_shape: bool = False
     """A window holds tall, square or wide images, so that they pad each other less: less memory and time, and the same
-    number of windows. The shape is the file's; data.augment.crop then gives some images another one. Still random: the
-    order within a shape and of the windows is drawn for each epoch."""
+    number of windows. What counts is the shape that training sees, after the crop. Still random: the order within a
+    shape and of the windows is drawn for each epoch."""
     cache: Literal["none", "ram", "disk"] = "none"
     """Keep decoded images, no larger than they are needed, for the next epochs and runs. ``disk``: in cache_folder.
     ``ram``: in memory, shared by all processes, until the run ends. An epoch then reads no file and decodes nothing."""

@@ -111,6 +111,9 @@ class Augment(Section):
     scale_by: Literal["image", "window"] = "image"
     """Whether each image draws its own scale, as in DETR, or all images of a window (an optimizer step) share one: less
     padding, and short sides from a finite set; the canvas also depends on the shapes of the window's images."""
+    canvas_step: Annotated[int, Field(ge=1, le=1333)] = 1
+    """Height and width of a window's canvas are rounded up to multiples of it, in pixels: more padding, and canvases
+    from a finite set, as compiled kernels and captured graphs need one. 1: as tight as can be."""
     max_size: Positive = 1333
     """Upper bound of the long side."""
     crop: Fraction = 0.5

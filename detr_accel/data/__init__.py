@@ -23,7 +23,7 @@ from detr_accel.data.loader import without_lost, worker_death
 from detr_accel.data.opening import Splits, describe
 from detr_accel.data.preview import epoch_sheet
 from detr_accel.data.read_ahead import Ahead
-from detr_accel.data.sampler import EvalTasks, Task, TrainTasks, shapes_of, share, windows_per_epoch
+from detr_accel.data.sampler import EvalTasks, Task, TrainTasks, share, windows_per_epoch
 from detr_accel.data.shapes import ShapesSource
 from detr_accel.data.sizes import (
     base_policy,
@@ -252,7 +252,7 @@ def _tasks(
     strong = strong_policy(recipe, len(source))
     if isinstance(source, StreamSource):
         return StreamTasks(source, *place, strong)
-    return TrainTasks(source, *place, shapes_of(source) if grouped and recipe.data.group_by_shape else None, strong)
+    return TrainTasks(source, *place, grouped and recipe.data.group_by_shape, strong)
 
 
 def preview(

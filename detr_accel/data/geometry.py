@@ -31,6 +31,7 @@ class Augmentation:
     crop_scales: tuple[int, ...]
     crop_size: tuple[int, int]
     scale_by: str = "image"  # or "window": all images of a window go to the same scale
+    canvas_step: int = 1  # a window's canvas is made of multiples of it
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def largest_first(size_px: Size, policy: Augmentation) -> Size:
 
 
 def worst_canvas(sizes_px: Iterable[Size], policy: Augmentation) -> Size:
-    """A canvas that no training window of these images can pass: the tallest and the widest plan meet in one window."""
+    """A size that no training plan of these images can pass: the tallest and the widest meet in one window."""
     height = width = 1
     short = max(policy.scales)
     for size in set(sizes_px):
@@ -259,6 +260,11 @@ def _ratio(before: Size, after: Sequence[int]) -> tuple[float, float, float, flo
     return rx, ry, rx, ry
 
 
-def canvas(plans: Sequence[Plan]) -> Size:
-    """The smallest size that holds every planned image."""
-    return max(p.size_px[0] for p in plans), max(p.size_px[1] for p in plans)
+def canvas(plans: Sequence[Plan], step: int = 1) -> Size:
+    """The smallest size of multiples of ``step`` that holds every planned image."""
+    return stepped((max(p.size_px[0] for p in plans), max(p.size_px[1] for p in plans)), step)
+
+
+def stepped(size_px: Size, step: int) -> Size:
+    """Both sides rounded up to multiples of ``step``."""
+    return -(-size_px[0] // step) * step, -(-size_px[1] // step) * step

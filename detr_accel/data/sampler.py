@@ -6,14 +6,14 @@ images are the positions [v * batch_size, (v + 1) * batch_size) of the epoch's p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from detr_accel.data import source as seeds
 from detr_accel.data.augment import Strong, strong_plan
-from detr_accel.data.geometry import Augmentation, Plan, canvas, eval_plan, train_plan, window_scale
+from detr_accel.data.geometry import Augmentation, Plan, Size, canvas, eval_plan, train_plan, window_scale
 from detr_accel.data.source import Source
 
 
@@ -42,24 +42,25 @@ def permutation(seed: int, epoch: int, num_images: int) -> np.ndarray:
 SQUARE = 1.15  # the longer side is at most this much longer than the other
 
 
-def shapes_of(source: Source) -> np.ndarray:
+def shapes_of(sizes_px: Iterable[Size]) -> np.ndarray:
     """int64 [num_images]: 0 tall, 1 square, 2 wide."""
-    h, w = np.array([source.size_px(i) for i in range(len(source))], np.float64).reshape(-1, 2).T
+    h, w = np.array([*sizes_px], np.float64).reshape(-1, 2).T
     return 1 + (w > SQUARE * h).astype(np.int64) - (h > SQUARE * w)
 
 
-def by_shape(order: np.ndarray, shapes: np.ndarray, batch_size: int, seed: int, epoch: int) -> np.ndarray:
-    """An epoch's order again, such that a window holds tall, square or wide images, and the windows come mixed.
+def by_shape(shapes: np.ndarray, batch_size: int, seed: int, epoch: int) -> np.ndarray:
+    """An epoch's images in another order: a window holds tall, square or wide ones, and the windows come mixed.
 
     The images of each shape keep their order. Shapes meet in at most two windows of an epoch, where one runs out, and a
     short window stays the last.
 
     Args:
-        order: int64 [num_images], a permutation.
-        shapes: int64 [num_images], of each image.
+        shapes: int64 [num_images], of the images in the epoch's order.
+    Returns:
+        int64 [num_images], places in that order.
     """
-    sorted_ = order[np.argsort(shapes[order], kind="stable")]
-    whole = len(order) // batch_size
+    sorted_ = np.argsort(shapes, kind="stable")
+    whole = len(shapes) // batch_size
     windows = seeds.generator(seed, seeds.WINDOWS, epoch).permutation(whole)
     head = sorted_[: whole * batch_size].reshape(whole, batch_size)[windows]
     return np.concatenate((head.reshape(-1), sorted_[whole * batch_size :]))
@@ -107,7 +108,7 @@ class TrainTasks(Windows):
     the same on every rank and for every ``micro``.
     """
 
-    shapes: np.ndarray | None = None  # of the images (``shapes_of``), where windows go by shape
+    group_by_shape: bool = False  # whether a window holds images of one shape
     strong: Strong | None = None  # augmentation beyond the policy
 
     def num_tasks(self, window: int) -> int:
@@ -116,25 +117,36 @@ class TrainTasks(Windows):
 
     def __iter__(self) -> Iterator[Task]:
         per_epoch = windows_per_epoch(len(self.source), self.batch_size)
-        known_epoch, order = -1, np.empty(0, np.int64)
+        known_epoch, order, drawn = -1, np.empty(0, np.int64), np.empty(0, np.int64)
         for window in range(self.start_window, self.end_window):
             epoch = window // per_epoch
             if epoch != known_epoch:
-                known_epoch, order = epoch, self._order(epoch)
-            yield from self._cut(window, epoch, order)
+                known_epoch, (order, drawn) = epoch, self._order(epoch)
+            yield from self._cut(window, epoch, order, drawn)
 
-    def _order(self, epoch: int) -> np.ndarray:
-        order = permutation(self.seed, epoch, len(self.source))
-        if self.shapes is None:
-            return order
-        return by_shape(order, self.shapes, self.batch_size, self.seed, epoch)
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The images by position, and the place of each in the permutation, which its augmentation is drawn from: that
+        the shape decides where an image goes, and not the other way round."""
+        plain = permutation(self.seed, epoch, len(self.source))
+        if not self.group_by_shape:
+            return plain, np.arange(len(plain))
+        at = by_shape(self._final_shapes(plain, epoch), self.batch_size, self.seed, epoch)
+        return plain[at], at
 
-    def _cut(self, window: int, epoch: int, order: np.ndarray) -> Iterator[Task]:
+    def _final_shapes(self, order: np.ndarray, epoch: int) -> np.ndarray:
+        """Of the epoch's images as training will see them, crop and all."""
+        if self.policy.crop == 0 and self.strong is None:
+            return shapes_of(self.source.size_px(i) for i in order.tolist())
+        first = epoch * windows_per_epoch(len(self.source), self.batch_size)
+        plan = Planner(self.policy, self.strong, self.seed, first, epoch)
+        return shapes_of(plan(self.source, p, i).size_px for p, i in enumerate(order.tolist()))
+
+    def _cut(self, window: int, epoch: int, order: np.ndarray, drawn: np.ndarray) -> Iterator[Task]:
         positions = self.window_positions(window)
         indices = [int(order[p]) for p in positions]
         plan = Planner(self.policy, self.strong, self.seed, window, epoch)
-        plans = [plan(self.source, p, i) for p, i in zip(positions, indices, strict=True)]
-        size = canvas(plans)
+        plans = [plan(self.source, int(drawn[p]), i) for p, i in zip(positions, indices, strict=True)]
+        size = canvas(plans, self.policy.canvas_step)
         mine = share(len(positions), self.rank, self.num_ranks)
         for start in range(mine.start, mine.stop, self.micro):
             part = slice(start, min(start + self.micro, mine.stop))
@@ -157,7 +169,8 @@ class Planner:
         """
         Args:
             source: asked for sizes and boxes.
-            position, index: of the image, in the epoch and in the source.
+            position: of the image in the epoch's permutation.
+            index: of the image in the source.
         """
         if self.strong is not None:
             return strong_plan(

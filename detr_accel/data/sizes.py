@@ -8,7 +8,7 @@ import torch
 
 from detr_accel.data import augment, workers
 from detr_accel.data.cache import CachedSource
-from detr_accel.data.geometry import Augmentation, Demands, eval_plan, worst_canvas
+from detr_accel.data.geometry import Augmentation, Demands, eval_plan, stepped, worst_canvas
 from detr_accel.data.opening import Splits
 from detr_accel.data.sampler import share, windows_per_epoch
 from detr_accel.data.source import Source
@@ -88,7 +88,7 @@ def _with_strong(recipe: Recipe, canvas_px: tuple[int, int]) -> tuple[int, int]:
     """A canvas that also holds what the stronger augmentations make."""
     strong = strong_policy(recipe, 1)
     height, width = (0, 0) if strong is None else strong.worst_size(base_policy(recipe))
-    return max(canvas_px[0], height), max(canvas_px[1], width)
+    return stepped((max(canvas_px[0], height), max(canvas_px[1], width)), recipe.data.augment.canvas_step)
 
 
 def demands(recipe: Recipe, splits: Splits | None) -> Demands:
@@ -122,7 +122,7 @@ def base_policy(recipe: Recipe) -> Augmentation:
     """DETR's own augmentation."""
     a = recipe.data.augment
     return Augmentation(
-        a.flip, tuple(a.scales), a.max_size, a.crop, tuple(a.crop_scales), tuple(a.crop_size), a.scale_by
+        a.flip, tuple(a.scales), a.max_size, a.crop, tuple(a.crop_scales), tuple(a.crop_size), a.scale_by, a.canvas_step
     )
 
 

@@ -301,7 +301,7 @@ class StreamTasks(Windows):
         plan, read = Planner(self.policy, self.strong, self.seed, window, epoch), _Read(rows)
         plans = {p: plan(read, p, p) for p in rows}
         mine = self._mine(self.window_positions(window))
-        size = canvas(list(plans.values())) if plans else (1, 1)
+        size = canvas(list(plans.values()), self.policy.canvas_step) if plans else (1, 1)
         for start in range(0, len(mine), self.micro):
             part = tuple(mine[start : start + self.micro])
             yield Task(window, epoch, part, tuple(rows[p] for p in part), tuple(plans[p] for p in part), size)

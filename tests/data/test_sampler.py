@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from detr_accel.data.augment import IouCrop, LargeScaleJitter, Strong
 from detr_accel.data.geometry import Augmentation
 from detr_accel.data.sampler import (
     EvalTasks,
@@ -113,32 +114,49 @@ class Sizes:
 
 @pytest.mark.parametrize("counts", [(40, 30, 50), (3, 0, 90), (0, 0, 17), (1, 1, 1)])
 def test_windows_by_shape_hold_one_shape_each_image_once_and_come_mixed(counts):
-    sizes = [(640, 480)] * counts[0] + [(500, 520)] * counts[1] + [(480, 640)] * counts[2]
-    shapes = shapes_of(Sizes(sizes))
-    assert np.bincount(shapes, minlength=3).tolist() == list(counts)
+    shapes = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], counts))
     orders = []
     for epoch in range(3):
-        plain = permutation(5, epoch, len(sizes))
-        order = by_shape(plain, shapes, 8, 5, epoch)
-        assert sorted(order) == list(range(len(sizes)))
-        windows = [set(shapes[order[i : i + 8]]) for i in range(0, len(order), 8)]
-        assert sum(len(w) > 1 for w in windows) <= 2
+        order = by_shape(shapes, 8, 5, epoch)
+        assert sorted(order) == list(range(len(shapes)))
+        cuts = [order[i : i + 8].tolist() for i in range(0, len(order), 8)]
+        assert sum(len(set(shapes[cut])) > 1 for cut in cuts) <= 2
         for shape in range(3):  # each shape keeps the order that was drawn, window by window
-            cuts = [order[i : i + 8] for i in range(0, len(order), 8)]
-            mine = [list(cut) for cut in cuts if set(shapes[cut]) == {shape}]
-            assert all(w == [i for i in plain if i in w] for w in mine)
+            assert all(cut == sorted(cut) for cut in cuts if set(shapes[cut]) == {shape})
         orders.append(tuple(order))
-    assert len(set(orders)) == (3 if len(sizes) > 3 else len(set(orders)))
+    assert len(set(orders)) == 3 or len(shapes) < 24
 
 
 def test_shapes_are_told_by_the_longer_side():
-    assert shapes_of(Sizes([(100, 100), (114, 100), (116, 100), (100, 114), (100, 116)])).tolist() == [1, 1, 0, 1, 2]
+    assert shapes_of([(100, 100), (114, 100), (116, 100), (100, 114), (100, 116)]).tolist() == [1, 1, 0, 1, 2]
+
+
+STRONGER = Strong(
+    40, iou_crop=IouCrop(0.5, 0.0, 1.0, (0.1,), 0.3), large_scale_jitter=LargeScaleJitter(0.3, 0.0, 1.0, (0.5, 1), 48)
+)
+
+
+@pytest.mark.parametrize("strong", [None, STRONGER], ids=["crop", "stronger"])
+@pytest.mark.parametrize("scale_by", ["image", "window"])
+def test_a_window_holds_one_shape_after_crop_and_stronger_augmentation(strong, scale_by):
+    """What is grouped is what training sees, not the file; no augmentation changes with where the image goes."""
+    source = ShapesSource(1, "train", 80, 64)
+    policy = Augmentation(0.5, (240, 320, 400), 640, 0.5, (280, 360), (160, 300), scale_by)
+    epoch_of = [
+        list(TrainTasks(source, policy, 8, 8, 5, 0, 1, 10, 20, group_by_shape=grouped, strong=strong))
+        for grouped in (False, True)
+    ]
+    plain, by = ({i: p for t in tasks for i, p in zip(t.indices, t.plans, strict=True)} for tasks in epoch_of)
+    if scale_by == "image":
+        assert by == plain  # another window, the same picture
+    mixed = [len({*shapes_of([p.size_px for p in t.plans]).tolist()}) > 1 for t in epoch_of[1]]
+    assert sum(mixed) <= 2 < sum(len({*shapes_of([p.size_px for p in t.plans]).tolist()}) > 1 for t in epoch_of[0])
 
 
 @pytest.mark.law2
 def test_windows_by_shape_start_anywhere():
     def by(start, rank=0, num_ranks=1, micro=8):
-        return TrainTasks(SOURCE, POLICY, 8, micro, 5, rank, num_ranks, start, 7, shapes_of(SOURCE))
+        return TrainTasks(SOURCE, POLICY, 8, micro, 5, rank, num_ranks, start, 7, True, STRONGER)
 
     whole = list(by(0))
     assert flat(whole) != flat(tasks())
@@ -151,17 +169,28 @@ def test_less_of_a_window_is_padding():
     rng = np.random.default_rng(0)
     sizes = [(480, 640) if rng.random() < 0.7 else (640, 480) for _ in range(160)]
 
-    def padding(shapes, scale_by="image") -> float:
+    def padding(grouped, scale_by="image") -> float:
         policy = Augmentation(0.5, (480, 640, 800), 1333, 0.0, (400,), (384, 600), scale_by)
         filled = held = 0
-        for task in TrainTasks(Sizes(sizes), policy, 8, 8, 5, 0, 1, 0, 20, shapes):
+        for task in TrainTasks(Sizes(sizes), policy, 8, 8, 5, 0, 1, 0, 20, grouped):
             held += len(task.plans) * task.canvas_px[0] * task.canvas_px[1]
             filled += sum(p.size_px[0] * p.size_px[1] for p in task.plans)
         return 1 - filled / held
 
-    shapes = shapes_of(Sizes(sizes))
-    assert padding(None) > 0.4 and padding(None) > padding(shapes) > padding(shapes, "window")
-    assert padding(shapes, "window") < 0.05
+    assert padding(False) > 0.4 and padding(False) > padding(True) > padding(True, "window")
+    assert padding(True, "window") < 0.05
+
+
+@pytest.mark.parametrize("step", [1, 32, 48])
+def test_canvases_may_come_from_a_finite_set(step):
+    policy = Augmentation(0.5, (240, 272, 320, 400), 640, 0.5, (280, 360), (160, 300), "window", step)
+    seen = set()
+    for task in TrainTasks(ShapesSource(1, "train", 80, 64), policy, 8, 8, 5, 0, 1, 0, 40):
+        tight = [max(sides) for sides in zip(*(p.size_px for p in task.plans), strict=True)]
+        for side, least in zip(task.canvas_px, tight, strict=True):
+            assert 0 <= side - least < step and side % step == 0
+        seen.add(task.canvas_px)
+    assert len(seen) <= (640 // step + 1) ** 2 and (step > 1 or len(seen) > 20)
 
 
 def test_a_window_may_have_one_scale():

@@ -101,9 +101,11 @@ def test_what_auto_chose_is_kept_on_resume(tmp_path, monkeypatch, capsys):
     assert "batch.micro 8 as before" in capsys.readouterr().out
 
 
-def test_no_plan_passes_the_worst_canvas():
+@pytest.mark.parametrize("step", [1, 64])
+def test_no_plan_passes_the_worst_canvas(step):
     text = "name: t\ndata: {format: shapes, augment: {crop: 0.7, crop_size: [30, 70], crop_scales: [60, 90]"
-    recipe = recipes.loads(text + ", scales: [64, 96], max_size: 140}, shapes: {image_size: 100, num_train: 400}}")
+    text += f", canvas_step: {step}, scales: [64, 96], max_size: 140}}, shapes: {{image_size: 100, num_train: 400}}}}"
+    recipe = recipes.loads(text)
     source = data.build(recipe).train
     (height, width), most = data.worst_window(recipe, source)
     assert most == 6

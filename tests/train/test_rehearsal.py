@@ -264,7 +264,7 @@ def test_a_disk_too_small_for_what_is_to_come(place, capsys):
     try:
         found = rehearse(capsys, *SHAPES, "--runs", "small")
     finally:
-        subprocess.run(["umount", str(place / "small")], check=True)
+        subprocess.run(["umount", "--lazy", str(place / "small")], check=True)
     refused(found, "disk: 5 checkpoints of 7 MiB at a time", "small has", "lower checkpoint.keep")
 
 
