@@ -19,7 +19,7 @@ from detr_accel.data.hub_columns import Columns
 from detr_accel.data.hub_where import Where
 from detr_accel.data.images import ImageFiles
 from detr_accel.data.layout import format_of, is_hub_file
-from detr_accel.data.loader import without_lost, worker_death
+from detr_accel.data.loader import largest_canvas, without_lost, worker_death
 from detr_accel.data.opening import Splits, describe
 from detr_accel.data.preview import epoch_sheet
 from detr_accel.data.read_ahead import Ahead
@@ -46,9 +46,9 @@ from detr_accel.structures import Batch, UserError
 __all__ = [
     "Demands", "ImageFiles", "Loading", "PlannedBatch", "Room", "Source", "Splits", "StreamSource", "Subset",
     "all_share", "build", "cache_room", "check", "check_report", "demands", "describe", "eval_batches", "eval_source",
-    "first_recipe_for", "format_of", "in_any_order", "is_hub_file", "is_there", "loading", "odd_rows", "preview",
-    "reads_its_own", "share", "still_window", "task_bytes", "total_windows", "train_windows", "who_reads_what",
-    "windows_per_epoch", "with_cache", "without_lost", "worker_death", "workers", "worst_window",
+    "first_recipe_for", "format_of", "in_any_order", "is_hub_file", "is_there", "largest_canvas", "loading", "odd_rows",
+    "preview", "reads_its_own", "share", "still_window", "task_bytes", "total_windows", "train_windows",
+    "who_reads_what", "windows_per_epoch", "with_cache", "without_lost", "worker_death", "workers", "worst_window",
 ]  # fmt: skip
 
 _TASKS_AHEAD = 16  # micro-batches of a stream, encoded

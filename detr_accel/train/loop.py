@@ -147,6 +147,7 @@ def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal
         begun = time.perf_counter()
         sinks.phases.watch((state.window + 1) % recipe.log.every == 0 or state.window + 1 == built.length.total)
         loader = LoaderTime.of(micro_batches)
+        turn.canvas_px = data.largest_canvas(micro_batches)
         micro_batches, lost = data.without_lost(micro_batches)
         built.optimizer.zero_grad(set_to_none=True)
         micro_batches, result = turn.run(micro_batches, failure)
@@ -185,6 +186,7 @@ class _Turn:
         self.built, self.state, self.sinks, self.stop = built, state, sinks, stop
         self.validate = validation.Validation(built, sinks)
         self.save = Saver(built, run, sinks)
+        self.canvas_px = (0, 0)  # of this process's part of the window in hand
         self.commit = Commit(built, run, sinks, Captures(built, run.path / "captures"))
         self.alarms = monitor.build_alarms(
             built.recipe, state.alarms, len(built.splits.train), built.accelerator.device,
@@ -217,7 +219,8 @@ class _Turn:
         all_share = data.all_share(built.splits.train, planned, built.accelerator.num_processes)
         while True:
             requests = Requests(
-                self.stop.requested, self.save.due_by_clock(), self.commit.broken, failure, lambda: self.stop.overdue
+                self.stop.requested, self.save.due_by_clock(), self.commit.broken, failure, lambda: self.stop.overdue,
+                self.canvas_px,
             )
             micro_batches = memory_fit.recut(micro_batches, state.micro)
             result = built.runner.run(micro_batches, all_share=all_share, planned=planned, requests=requests)

@@ -44,6 +44,7 @@ class WindowResult:
     facts: dict[str, float] = field(default_factory=dict)  # of the targets: see FACTS; and the share of padding
     statistics_finite: bool = True  # the running statistics that forward wrote
     bad_images: list[int] = field(default_factory=list)  # image ids whose matching cost was not finite
+    canvas_px: tuple[int, int] | None = None  # (h, w) that every micro-batch was padded to; None: each has its own
     totals: list[Tensor] = field(default_factory=list)  # this process's alone: each micro-batch's loss, unread
     stop_requested: bool = False  # of any process
     save_requested: bool = False
@@ -77,6 +78,7 @@ class Requests:
     broken: bool = False  # its last optimizer step ran out of memory half-way
     failure: str | None = None  # loading its images failed, in words
     overdue: Callable[[], bool] = lambda: False  # asked between micro-batches: the window can wait no longer
+    canvas_px: tuple[int, int] = (0, 0)  # (h, w) planned for its part of the window, images that are lost included
 
 
 class WindowRunner:
@@ -140,7 +142,7 @@ class WindowRunner:
         self.criterion.train()
         self.model.train()
         self.forward_state.remember()
-        canvas_px = self._largest_canvas(micro_batches)
+        canvas_px = self._largest_canvas(micro_batches, requests.canvas_px)
         total, failure = self._count(micro_batches, requests.failure, canvas_px)
         if self.overlap and (failure or requests.broken):  # the others enter backward's reductions and cannot be told
             raise Lonely(failure or "memory ran out inside the optimizer's step; go on with --resume")
@@ -164,7 +166,7 @@ class WindowRunner:
             self.accelerator.unscale_gradients()
         images = sum(len(b) for b in micro_batches)
         self.forward_state.combine(images, total[2], self.accelerator.num_processes, self.accelerator.device)
-        result.totals = share.totals
+        result.totals, result.canvas_px = share.totals, canvas_px
         return self._read(share, total, result)
 
     def _time_matching(self) -> None:
@@ -184,12 +186,14 @@ class WindowRunner:
             for p in rows:
                 p.grad = None
 
-    def _largest_canvas(self, micro_batches: Sequence[Batch]) -> tuple[int, int] | None:
+    def _largest_canvas(
+        self, micro_batches: Sequence[Batch], planned_px: tuple[int, int]
+    ) -> tuple[int, int] | None:  # fmt: skip
         """The (h, w) that all processes pad to, where they may bring different ones: a reduction and a device read
         more, before there is anything to wait for. None: it is the window's already."""
         if not self.own_canvas:
             return None
-        sides = [max((b.canvas_px[i] for b in micro_batches), default=0) for i in range(2)]
+        sides = [max([planned_px[i], *(b.canvas_px[i] for b in micro_batches)]) for i in range(2)]
         height, width = all_reduce_max(torch.tensor(sides), self.accelerator.device).tolist()
         return height, width
 
