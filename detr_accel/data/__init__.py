@@ -291,7 +291,8 @@ def with_cache(recipe: Recipe, splits: Splits, quiet: bool = False) -> Splits:
         return tqdm(items, "cache", total, disable=True if quiet else None, leave=False, delay=2)
 
     folder = Path(d.cache_folder or _CACHES)
-    building = int(workers.room().cores) if d.workers == "auto" else d.workers
+    alone = workers.room([workers.machine()])  # the processes beside this one wait for the cache
+    building = max(1, int(alone.cores)) if d.workers == "auto" else d.workers
     (train, one), (val, two) = (
         cache.cached(source, d.cache, folder, workers=building, progress=progress, **how)
         for source, how in _kept(recipe, splits)
@@ -348,21 +349,23 @@ def eval_batches(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     keep_faults: bool = False,
-    count: int | None = None,
+    loading: Loading | None = None,
+    room: workers.Room | None = None,
 ) -> Iterator[Batch | UserError]:
     """This rank's batches of a split: each image once over all ranks, in batches that do not depend on their number.
     Images that cannot be read are in no batch but in its ``lost``, unless ``data.on_bad`` is to stop.
 
     Args:
         keep_faults: yield the error of a broken image in the place of its batch, and go on.
-        count: loader processes, where data.workers is auto and they were measured.
+        loading: how training is fed, where data.workers is auto and that was measured; its loader processes are taken.
+        room: of each process, as all agreed on; None: as this one sees it.
     """
-    d, room = recipe.data, workers.room(queue_gib=recipe.data.queue_gib)
+    d, room = recipe.data, room or workers.room(queue_gib=recipe.data.queue_gib)
     tasks = EvalTasks(source, recipe.evaluate.batch, d.eval_size, d.eval_max_size, rank, num_ranks)
     leave_out = recipe.data.on_bad != "stop" and not keep_faults
     sizes = [eval_plan(s, d.eval_size, d.eval_max_size).size_px for s in {*image_sizes(source)}]
     canvas_px = max((h for h, _ in sizes), default=1) * max((w for _, w in sizes), default=1)
-    count = worker_count(recipe, room) if count is None else count
+    count = worker_count(recipe, room) if loading is None else loading.workers
     by, _ = workers.within(count, d.prefetch, 1, recipe.evaluate.batch * canvas_px * (3 * 4 + 1), room)
     return loader.batches(source, tasks, **_how(recipe, by, mean, std), keep_faults=keep_faults, leave_out=leave_out)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from detr_accel.structures import ImageCost
 
+_MOST_READY = 16  # micro-batches in each loader process, beyond which more are of no use
 MARGIN = 1.2  # so many times faster than the device should the loader processes be
 
 
@@ -34,6 +35,7 @@ class Feed:
         images: of this process in a window.
         workers: loader processes there are; cores: that this process may use.
         cached: whether images come from a cache.
+        prefetch: micro-batches that each loader process keeps ready.
     """
 
     share: float
@@ -43,6 +45,7 @@ class Feed:
     workers: int
     cores: int
     cached: bool
+    prefetch: int = 2
 
 
 def needed_workers(cost: ImageCost, images: float, seconds: float, margin: float = MARGIN) -> int:
@@ -78,14 +81,15 @@ def judge(feed: Feed) -> Verdict:
             {"data.workers": better},
         )
     if feed.workers >= needed:
-        return Verdict(
-            "workers",
+        ready = max(4, 2 * feed.prefetch)
+        text = (
             f"{waits}, though data.workers {feed.workers} would be enough for what an image takes on average "
             f"({1e3 * cost.total:.0f} ms): the loader is held up between images (other programs on these cores, a "
-            "source that answers in fits), or a few images take far longer than the others; data.prefetch=4 rides "
-            "over it",
-            {"data.prefetch": 4},
+            "source that answers in fits), or a few images take far longer than the others; "
         )
+        if ready > _MOST_READY:
+            return Verdict("workers", f"{text}{feed.prefetch} micro-batches ready in each do not bridge it: look there")
+        return Verdict("workers", f"{text}data.prefetch={ready} rides over it", {"data.prefetch": ready})
     biggest = "decoding" if cost.decode > cost.pixels else "pixels"
     remedy = "data.cache=disk saves the decoding"
     if feed.cached:

@@ -76,14 +76,14 @@ def look(recipe: Recipe, seconds: float = 60.0) -> Findings:
     if state.micro is None:
         state.micro, state.checkpointed, _ = memory_fit.fit(built, "auto", recipe.model.activation_checkpointing)
     parts.prepare(built)
+    parts.agree_on_room(built)
     spent, windows, images, loader, said = _train(built, state, seconds)
     cost = loader.per_image()
     spent["evaluation"] = _evaluation(built, seconds / 4) * _evaluations(recipe) / built.length.per_epoch
     ordered = {name: spent.get(name, 0.0) for name in SECTIONS}
-    cores = max(1, int(data.workers.room().cores))
-    verdict = judge(recipe, ordered, cost, built.workers, cores, images / windows)
+    verdict = judge(recipe, ordered, cost, built.loading, max(1, int(built.room.cores)), images / windows)
     return Findings(
-        ordered, cost, built.workers, windows, images / windows / sum(ordered.values()),
+        ordered, cost, built.loading.workers, windows, images / windows / sum(ordered.values()),
         memory.peak_gib(accelerator.device), verdict, said,
     )  # fmt: skip
 
@@ -137,7 +137,8 @@ def _evaluation(built: Parts, seconds: float) -> float:
     """Seconds of a whole evaluation, from as many of its batches as fit into so long; scoring is not in it."""
     recipe, device, model = built.recipe, built.accelerator.device, built.evaluated
     batches = data.eval_batches(
-        recipe, built.splits.val, rank=0, num_ranks=1, mean=model.mean, std=model.std, keep_faults=True
+        recipe, built.splits.val, rank=0, num_ranks=1, mean=model.mean, std=model.std, keep_faults=True,
+        loading=built.loading, room=built.room,
     )
     model.eval()
     begun, images = time.perf_counter(), 0
@@ -157,7 +158,7 @@ def _evaluation(built: Parts, seconds: float) -> float:
 
 
 def judge(
-    recipe: Recipe, seconds: dict[str, float], cost: ImageCost, workers: int, cores: int, images: float
+    recipe: Recipe, seconds: dict[str, float], cost: ImageCost, loading: data.Loading, cores: int, images: float
 ) -> Verdict:
     """What takes the most time that a change of the recipe could save.
 
@@ -190,7 +191,7 @@ def judge(
         )
     kept = recipe.data.cache != "none" or recipe.data.hub.streaming  # of which nothing can be kept
     busy = whole - seconds["wait"]
-    return feeding.judge(Feed(shares["wait"], cost, busy, images, workers, cores, kept))
+    return feeding.judge(Feed(shares["wait"], cost, busy, images, loading.workers, cores, kept, loading.prefetch))
 
 
 def _computing(recipe: Recipe, shares: dict[str, float]) -> Verdict:

@@ -135,6 +135,7 @@ def _fit(built: Parts, state: State) -> list[str]:
 
 def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal) -> bool:
     recipe = built.recipe
+    parts.agree_on_room(built)
     turn = _Turn(built, run, state, sinks, stop)
     if not turn.begin():
         return turn.over
@@ -171,7 +172,10 @@ def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal
         if state.window % recipe.log.every == 0 or state.window == built.length.total or not result.finite:
             sinks.log(stats)
         turn.say_odd()
-        if not turn.after(result):
+        goes_on = turn.after(result)
+        if not goes_on or state.window == built.length.total:
+            sinks.last(stats, clock.take())
+        if not goes_on:
             return turn.over
         told = windows.seen(loader, stats.seconds - stats.wait_seconds)
         if told is not None:
@@ -190,7 +194,7 @@ class _Turn:
         self.commit = Commit(built, run, sinks, Captures(built, run.path / "captures"))
         self.alarms = monitor.build_alarms(
             built.recipe, state.alarms, len(built.splits.train), built.accelerator.device,
-            cores=max(1, int(data.workers.room().cores)),
+            cores=max(1, int(built.room.cores)),
         )
         self.account = LostImages(built, state, sinks)
         self.over = False  # early stopping ended the run

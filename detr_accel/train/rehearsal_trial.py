@@ -246,6 +246,7 @@ def _windows(built: Parts, state: State, seconds: float) -> dict[str, Any]:
     recipe, accelerator = built.recipe, built.accelerator
     state = copy.deepcopy(state)
     commit = Commit(built, RunFolder(Path()), Silent(), Captures(built, Path()))
+    parts.agree_on_room(built)
     stream = Feeder(built, 0, state.micro, skipped=1, measured=4)
     times: list[float] = []
     told = ""

@@ -13,6 +13,7 @@ from detr_accel import recipe as recipes
 from detr_accel.cli import main
 from detr_accel.data import decode, workers
 from detr_accel.data.shapes import ShapesSource
+from detr_accel.data.workers import Loading
 from detr_accel.models import matcher
 from detr_accel.structures import ImageCost
 from detr_accel.train import bottleneck
@@ -127,10 +128,19 @@ def test_nothing_holds_up_a_training_that_computes(capsys):
 )
 def test_the_greatest_share_that_can_be_saved_is_named(seconds, cost, workers, cores, name):
     seconds = dict.fromkeys(bottleneck.SECTIONS, 0.0) | seconds
-    verdict = bottleneck.judge(recipes.loads(TINY), seconds, cost, workers, cores, 8.0)
+    verdict = bottleneck.judge(recipes.loads(TINY), seconds, cost, Loading(workers, 2), cores, 8.0)
     assert verdict.name == name
     for key in verdict.changes:
         assert key in recipes._known() and key in verdict.text
+
+
+@pytest.mark.parametrize(("ready", "proposed"), [(1, 4), (2, 4), (4, 8), (8, 16), (9, None), (16, None)])
+def test_more_prefetch_is_proposed_where_it_is_more(ready, proposed):
+    seconds = dict.fromkeys(bottleneck.SECTIONS, 0.0) | {"wait": 0.8, "forward": 1.0}
+    cost = ImageCost(0.0, 0.2, 0.01, 1.0)
+    verdict = bottleneck.judge(recipes.loads(TINY), seconds, cost, Loading(8, ready), 8, 8.0)
+    assert verdict.changes == ({} if proposed is None else {"data.prefetch": proposed})
+    assert f"data.prefetch={proposed}" in verdict.text if proposed else f"{ready} micro-batches" in verdict.text
 
 
 def test_the_command_tries_the_change_and_shows_before_and_after(tmp_path, monkeypatch, capsys):
