@@ -82,6 +82,7 @@ def look(recipe: Recipe, seconds: float = 60.0) -> Findings:
     spent["evaluation"] = _evaluation(built, seconds / 4) * _evaluations(recipe) / built.length.per_epoch
     ordered = {name: spent.get(name, 0.0) for name in SECTIONS}
     verdict = judge(recipe, ordered, cost, built.loading, max(1, int(built.room.cores)), images / windows)
+    verdict = _within_queues(built, state.micro, verdict)
     return Findings(
         ordered, cost, built.loading.workers, windows, images / windows / sum(ordered.values()),
         memory.peak_gib(accelerator.device), verdict, said,
@@ -192,6 +193,30 @@ def judge(
     kept = recipe.data.cache != "none" or recipe.data.hub.streaming  # of which nothing can be kept
     busy = whole - seconds["wait"]
     return feeding.judge(Feed(shares["wait"], cost, busy, images, loading.workers, cores, kept, loading.prefetch))
+
+
+def _within_queues(built: Parts, micro: int, verdict: Verdict) -> Verdict:
+    """The verdict; where data.queue_gib would cut its change back to the loader that there is, with room for it."""
+    if not verdict.changes.keys() & {"data.workers", "data.prefetch"}:
+        return verdict
+    recipe, source, device = built.recipe, built.splits.train, built.accelerator.device
+    workers = verdict.changes.get("data.workers", built.loading.workers)
+    prefetch = verdict.changes.get("data.prefetch", recipe.data.prefetch)
+
+    def loader(room: data.Room) -> data.Loading:
+        changed = recipe.model_copy(update={"data": recipe.data.model_copy(update={"prefetch": prefetch})})
+        return data.loading(changed, source, micro=micro, num_ranks=1, device=device, count=workers, room=room)[0]
+
+    if loader(built.room) != built.loading:
+        return verdict
+    each = prefetch if prefetch != "auto" else max(2, built.loading.prefetch)
+    needed = workers * each * data.task_bytes(recipe, source, micro, device) / data.workers.GIB
+    gib = float(np.ceil(100 * needed) / 100)
+    held = f"{verdict.text}; that puts more into the queues than"
+    if gib <= recipe.data.queue_gib or loader(data.workers.room(queue_gib=gib)) == built.loading:
+        return Verdict(verdict.name, f"{held} memory or /dev/shm leave: free some, or lower batch.micro ({micro})")
+    text = f"{held} data.queue_gib {recipe.data.queue_gib:g} allows: data.queue_gib={gib:g} as well"
+    return Verdict(verdict.name, text, verdict.changes | {"data.queue_gib": gib})
 
 
 def _computing(recipe: Recipe, shares: dict[str, float]) -> Verdict:

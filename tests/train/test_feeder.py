@@ -12,12 +12,15 @@ from shared import load_module
 from detr_accel import data
 from detr_accel import recipe as recipes
 from detr_accel.data import workers
+from detr_accel.monitor.sinks import Silent
 from detr_accel.structures import LoaderTime
-from detr_accel.train import feeder, parts
+from detr_accel.train import feeder, loop, parts
+from detr_accel.train.checkpoint import State
 from detr_accel.train.feeder import Feeder
 from detr_accel.train.launch import make_accelerator
 from detr_accel.train.loop import train
 from detr_accel.train.parts import Length
+from detr_accel.train.run_folder import RunFolder
 from detr_accel.train.validation import Validation
 
 injected = load_module(Path(__file__).with_name("injected.py"))
@@ -129,6 +132,36 @@ def test_evaluation_is_fed_as_training_within_the_same_room():
         next(batches)
         assert len(mp.active_children()) - before == children
         batches.close()
+
+
+def test_alarms_count_with_the_cores_that_all_agreed_on(monkeypatch, tmp_path):
+    """Not with those that this process sees by itself: pinned to one, it would call the others' cores missing."""
+    recipe = recipes.loads(injected.TINY + "name: probe\n")
+    built = parts.build(recipe, make_accelerator("no", "cpu"), data.build(recipe), resume=False)
+    asked = []
+    monkeypatch.setattr(loop.monitor, "build_alarms", lambda *_, cores: asked.append(cores))
+    monkeypatch.setattr(workers, "machine", lambda: workers.Machine("here", frozenset({0}), 1.0, 2**36, 2**36))
+    for cores in (8.0, 2.5, 0.5):
+        built.room = workers.Room(cores, 2**30, 8)
+        loop._Turn(built, RunFolder(tmp_path / "run"), State(), Silent(), None)
+    assert asked == [8, 2, 1]
+
+
+@pytest.mark.parametrize(("asked", "building"), [("auto", 6), (3, 3)])
+def test_a_cache_is_built_with_all_cores_of_its_builder(monkeypatch, asked, building):
+    """Training processes beside it only wait, so their share of the cores is its own as well."""
+    text = injected.TINY.replace("workers: 0", f"workers: {asked}\n  cache: disk") + "name: probe\n"
+    recipe, found = recipes.loads(text), []
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(workers, "machine", lambda: workers.Machine("here", frozenset(range(6)), 9.0, 2**36, 2**36))
+
+    def built(source, *_, workers, **how):
+        found.append(workers)
+        return source, ""
+
+    monkeypatch.setattr(data.cache, "cached", built)
+    data.with_cache(recipe, data.build(recipe), quiet=True)
+    assert found == [building] * 2
 
 
 @pytest.mark.law2
