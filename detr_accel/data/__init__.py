@@ -214,7 +214,7 @@ def train_windows(
     device, streamed = torch.device(device), isinstance(source, StreamSource)
     on_device, leave_out = pixels_on_device(recipe, device), recipe.data.on_bad != "stop"
     by = by or loading(recipe, source, micro=micro, num_ranks=num_ranks, device=device)[0]
-    ordered = Ahead(tasks, _TASKS_AHEAD) if streamed else tasks
+    ordered = Ahead(tasks, _TASKS_AHEAD, lambda task, seconds: replace(task, waited=seconds)) if streamed else tasks
     batches = loader.batches(source, ordered, **_how(recipe, by, mean, std), on_device=on_device, leave_out=leave_out)
     return ahead(loader.windows(batches, tasks), device)
 

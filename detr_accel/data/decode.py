@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import io
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -77,11 +79,14 @@ def read_rgb(
     Raises:
         UserError: not an image, truncated, or of another size.
     """
-    fast = None if size_px is None else _read_jpeg(path, size_px, at_least_px, data)
-    if fast is not None:
-        return fast
     try:
-        with Image.open(path if data is None else io.BytesIO(data)) as picture:
+        if data is None:
+            with reading():
+                data = read_bytes(path)
+        fast = None if size_px is None else _read_jpeg(data, size_px, at_least_px)
+        if fast is not None:
+            return fast
+        with Image.open(io.BytesIO(data)) as picture:
             upright = _turned(path, picture, size_px, scale)
             pixels = _to_rgb(upright)
             if size_px is not None and at_least_px is None and (pixels.height, pixels.width) != size_px:
@@ -162,15 +167,17 @@ _read_seconds = 0.0
 
 
 def seconds_reading() -> float:
-    """What this process has spent on reading files so far."""
+    """What this process has spent on reading so far: files, and the cells of Hugging Face sets."""
     return _read_seconds
 
 
-def _timed_bytes(path: str | Path) -> bytes:
+@contextmanager
+def reading() -> Iterator[None]:
+    """What happens inside is reading (``seconds_reading``); not to be nested."""
     global _read_seconds
     begun = time.perf_counter()
     try:
-        return read_bytes(path)
+        yield
     finally:
         _read_seconds += time.perf_counter() - begun
 
@@ -180,12 +187,9 @@ def read_bytes(path: str | Path) -> bytes:
         return file.read()
 
 
-def _read_jpeg(
-    path: str | Path, size_px: tuple[int, int], at_least_px: tuple[int, int] | None, data: bytes | None = None
-) -> np.ndarray | None:
+def _read_jpeg(data: bytes, size_px: tuple[int, int], at_least_px: tuple[int, int] | None) -> np.ndarray | None:
     """None where Pillow should look: no ordinary JPEG of this size, or something is wrong with it."""
     try:
-        data = _timed_bytes(path) if data is None else data
         if data[:3] != b"\xff\xd8\xff":
             return None
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
@@ -195,7 +199,7 @@ def _read_jpeg(
         if 2 * h > height or 2 * w > width:
             return simplejpeg.decode_jpeg(data)
         return simplejpeg.decode_jpeg(data, min_height=h, min_width=w)
-    except (OSError, ValueError, OverflowError):  # Pillow says what is wrong, or is content with it
+    except (ValueError, OverflowError):  # Pillow says what is wrong, or is content with it
         return None
 
 

@@ -56,6 +56,7 @@ class Findings:
             f"in each of {self.workers} loader processes, ms per image: read {1e3 * i.read:.1f}, decode "
             f"{1e3 * i.decode:.1f}, pixels {1e3 * i.pixels:.1f}",
         ]
+        rows += [f"waiting for the stream, ms per image: {1e3 * i.stream:.1f}"] if i.stream else []
         rows += [self.said] if self.said else []
         return "\n".join([*rows, f"verdict: {self.verdict.text}"])
 
@@ -189,9 +190,9 @@ def judge(
             f"({recipe.evaluate.batch})",
             {"evaluate.every_epochs": every},
         )
-    kept = recipe.data.cache != "none" or recipe.data.hub.streaming  # of which nothing can be kept
-    busy = whole - seconds["wait"]
-    return feeding.judge(Feed(shares["wait"], cost, busy, images, loading.workers, cores, kept, loading.prefetch))
+    kept, busy, streamed = recipe.data.cache != "none", whole - seconds["wait"], recipe.data.hub.streaming
+    feed = Feed(shares["wait"], cost, busy, images, loading.workers, cores, kept, loading.prefetch, streamed)
+    return feeding.judge(feed)
 
 
 def _computing(recipe: Recipe, shares: dict[str, float]) -> Verdict:
