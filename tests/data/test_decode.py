@@ -43,10 +43,12 @@ def test_real_photographs_come_out_the_same():
 @pytest.mark.parametrize(
     ("wanted", "decoded"),
     [((400, 600), (400, 600)), ((401, 600), (800, 1200)), ((399, 601), (800, 1200)), ((150, 200), (200, 300)),
-     ((99, 149), (100, 150)), ((1, 1), (100, 150)), ((900, 1400), (800, 1200))],
+     ((99, 149), (100, 150)), ((100, 151), (200, 300)),
+     ((60, 60), (100, 150)), ((37, 56), (50, 75)), ((1, 1), (1, 1)), ((900, 1400), (800, 1200))],
 )  # fmt: skip
-def test_a_large_jpeg_is_decoded_no_larger_than_it_must_be(tmp_path, wanted, decoded):
-    path = tmp_path / "a.jpg"
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+def test_a_large_picture_is_decoded_no_larger_than_it_must_be(tmp_path, wanted, decoded, name):
+    path = tmp_path / name
     photo(800, 1200).save(path, quality=92)
     small = read_rgb(path, (800, 1200), wanted)
     assert small.shape == (*decoded, 3)
@@ -60,7 +62,8 @@ def test_a_rotation_is_pillows(tmp_path):
     exif[0x0112] = 6
     photo(40, 60).save(path, exif=exif)
     assert read_rgb(path, (40, 60), (5, 5)).shape[1] > read_rgb(path, (40, 60), (5, 5)).shape[0], "stored pixels"
-    assert read_rgb(path, (60, 40), (5, 5)).shape == (60, 40, 3)
+    assert read_rgb(path, (60, 40), (50, 30)).shape == (60, 40, 3)
+    assert read_rgb(path, (60, 40), (15, 10)).shape == (15, 10, 3), "no larger than it must be, as any other"
     assert read_rgb(path, None).shape == (60, 40, 3)
 
 
