@@ -45,10 +45,11 @@ from detr_accel.structures import Batch, UserError
 
 __all__ = [
     "Demands", "ImageFiles", "Loading", "PlannedBatch", "Room", "Source", "Splits", "StreamSource", "Subset",
-    "all_share", "build", "cache_room", "check", "check_report", "demands", "describe", "eval_batches", "eval_source",
-    "first_recipe_for", "format_of", "in_any_order", "is_hub_file", "is_there", "largest_canvas", "loading", "odd_rows",
-    "preview", "reads_its_own", "share", "still_window", "task_bytes", "total_windows", "train_windows",
-    "who_reads_what", "windows_per_epoch", "with_cache", "without_lost", "worker_death", "workers", "worst_window",
+    "all_share", "build", "cache_place", "cache_room", "check", "check_report", "demands", "describe", "eval_batches",
+    "eval_source", "first_recipe_for", "format_of", "in_any_order", "is_hub_file", "is_there", "largest_canvas",
+    "loading", "odd_rows", "preview", "reads_its_own", "share", "still_window", "task_bytes", "total_windows",
+    "train_windows", "who_reads_what", "windows_per_epoch", "with_cache", "without_lost", "worker_death", "workers",
+    "worst_window",
 ]  # fmt: skip
 
 _TASKS_AHEAD = 16  # micro-batches of a stream, encoded
@@ -214,7 +215,7 @@ def train_windows(
     device, streamed = torch.device(device), isinstance(source, StreamSource)
     on_device, leave_out = pixels_on_device(recipe, device), recipe.data.on_bad != "stop"
     by = by or loading(recipe, source, micro=micro, num_ranks=num_ranks, device=device)[0]
-    ordered = Ahead(tasks, _TASKS_AHEAD) if streamed else tasks
+    ordered = Ahead(tasks, _TASKS_AHEAD, lambda task, seconds: replace(task, waited=seconds)) if streamed else tasks
     batches = loader.batches(source, ordered, **_how(recipe, by, mean, std), on_device=on_device, leave_out=leave_out)
     return ahead(loader.windows(batches, tasks), device)
 
@@ -278,13 +279,14 @@ def first_recipe_for(root: Path, name: str) -> tuple[str, list[str]]:
 
 def with_cache(recipe: Recipe, splits: Splits, quiet: bool = False) -> Splits:
     """The same splits with their images in a cache, where the recipe asks for one; built first where it is not there.
+    What killed runs left in memory is removed, whatever the recipe asks for.
 
     Raises:
         UserError: no room for it.
     """
     d = recipe.data
     if d.cache == "none":
-        return splits
+        return replace(splits, found=[*splits.found, *_swept()])
     from tqdm import tqdm
 
     def progress(items, total):
@@ -297,7 +299,13 @@ def with_cache(recipe: Recipe, splits: Splits, quiet: bool = False) -> Splits:
         cache.cached(source, d.cache, folder, workers=building, progress=progress, **how)
         for source, how in _kept(recipe, splits)
     )
-    return replace(splits, train=train, val=val, found=[*splits.found, one, two])
+    return replace(splits, train=train, val=val, found=[*splits.found, one, two, *_swept()])
+
+
+def _swept() -> list[str]:
+    """After the run's own are held: one that a killed run left is used again where it fits."""
+    gib = cache.sweep()
+    return [f"cache: {gib:.2f} GiB in memory removed, which runs that were killed had left"] if gib else []
 
 
 def cache_room(recipe: Recipe, splits: Splits) -> float:
@@ -308,6 +316,11 @@ def cache_room(recipe: Recipe, splits: Splits) -> float:
     """
     folder = Path(recipe.data.cache_folder or _CACHES)
     return 0.0 if recipe.data.cache == "none" else cache.room(_kept(recipe, splits), recipe.data.cache, folder)
+
+
+def cache_place(recipe: Recipe) -> str:
+    """Where the cache of a recipe lies, in words."""
+    return f"memory ({cache.RAM})" if recipe.data.cache == "ram" else str(Path(recipe.data.cache_folder or _CACHES))
 
 
 _CACHES = "~/.cache/detr_accel"

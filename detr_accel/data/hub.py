@@ -46,7 +46,9 @@ class ArrowImages:
 
     def __getitem__(self, row: int) -> tuple[str, bytes | None]:
         """The name of an image, or its path where the file holds no bytes, and the bytes."""
-        return encoded(self.dataset[int(row)][self.column], f"{self.name}, row {row}", self.folder)
+        with decode.reading():
+            cell = self.dataset[int(row)][self.column]
+        return encoded(cell, f"{self.name}, row {row}", self.folder)
 
     def files(self, rows: np.ndarray) -> Iterator[str]:
         """Where the pixels of these rows lie; no image is read for it."""

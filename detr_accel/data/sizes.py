@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 
 from detr_accel.data import augment, workers
-from detr_accel.data.cache import CachedSource
 from detr_accel.data.geometry import Augmentation, Demands, eval_plan, stepped, worst_canvas
 from detr_accel.data.opening import Splits
 from detr_accel.data.sampler import share, windows_per_epoch
+from detr_accel.data.shapes import ShapesSource
 from detr_accel.data.source import Source
 from detr_accel.data.stream import StreamSource
 from detr_accel.data.workers import Loading, Room
@@ -50,17 +50,12 @@ def task_bytes(recipe: Recipe, source: Source, micro: int, device: torch.device)
         return micro * height * width * (3 * 4 + 1)
     if isinstance(source, StreamSource):  # of any shape that fits between the longest side and the short one
         longest = recipe.data.augment.max_size / min(recipe.data.augment.max_size, max(recipe.data.augment.scales))
-        sizes, scaled = [(10**6, 10**6), (10**6, int(10**6 * longest))], True
+        sizes = [(10**6, 10**6), (10**6, int(10**6 * longest))]
     else:
-        sizes, scaled = image_sizes(source), _decoded_small(source)
-    return micro * workers.decoded_bytes(sizes, base_policy(recipe), strong_policy(recipe, len(source)), scaled)
-
-
-def _decoded_small(source: Source) -> bool:
-    """Whether images come no larger than they are needed, as far as their names tell: only JPEG decoders do that."""
-    if isinstance(source, CachedSource):
-        return True
-    return all(source.name(i).lower().endswith((".jpg", ".jpeg")) for i in range(len(source)))
+        sizes = image_sizes(source)
+    policy, strong = base_policy(recipe), strong_policy(recipe, len(source))
+    drawn, seen = isinstance(source, ShapesSource), not isinstance(source, StreamSource)
+    return micro * workers.decoded_bytes(sizes, policy, strong, scaled=not drawn, seen=seen)
 
 
 def _worst_canvas(recipe: Recipe, source: Source) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from detr_accel import host
 from detr_accel.data.augment import Strong
+from detr_accel.data.decode import decoded_px
 from detr_accel.data.geometry import Augmentation, Size, largest_first
 
 GIB = 2**30
@@ -121,20 +123,25 @@ def most(room: Room, on_gpu: bool) -> int:
 
 
 def decoded_bytes(
-    sizes_px: Iterable[Size], policy: Augmentation, strong: Strong | None, scaled: bool = True
+    sizes_px: Iterable[Size], policy: Augmentation, strong: Strong | None, scaled: bool = True, seen: bool = True
 ) -> int:
     """The most that one image of a micro-batch takes as decoded, with all that a mosaic or mixup brings.
 
-    A JPEG decoder gives less than twice the needed sides where the file is larger, and a cache no more than is needed.
-
     Args:
-        scaled: every file is such a JPEG, or cached; else an image may come whole.
+        sizes_px: (h, w) of the images, in pixels.
+        scaled: they come no larger than ``decode.decoded_px`` says, as files do; else whole.
+        seen: the sizes are theirs; else they are shapes, and an image of each may have any number of pixels.
     """
     whole = not scaled or (strong is not None and strong.crops_originals())
     most = 1
     for h, w in set(sizes_px):
         a, b = largest_first((h, w), policy)
-        most = max(most, h * w if whole else min(h * w, 4 * a * b))
+        if whole:
+            most = max(most, h * w)
+        elif seen:
+            most = max(most, math.prod(decoded_px((h, w), (a, b))))
+        else:
+            most = max(most, 4 * (a + 1) * (b + 1))
     return 3 * most * (1 if strong is None else strong.most_boxes(1))
 
 

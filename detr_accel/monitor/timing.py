@@ -117,6 +117,7 @@ class Meter:
         if self.loader.images:
             cost = self.loader.per_image()
             row |= {f"{name}_ms": 1e3 * getattr(cost, name) for name in ("read", "decode", "pixels")}
+            row |= {"stream_ms": 1e3 * cost.stream} if cost.stream else {}
             row["loader_busy"] = cost.total * self.loader.images / max(self.worker_seconds, 1e-9)
         self.__init__()
         return row

@@ -7,6 +7,7 @@ on a GPU waits for the device at each turn and so slows the training that is mea
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import islice
 
@@ -56,13 +57,16 @@ class Findings:
             f"in each of {self.workers} loader processes, ms per image: read {1e3 * i.read:.1f}, decode "
             f"{1e3 * i.decode:.1f}, pixels {1e3 * i.pixels:.1f}",
         ]
+        rows += [f"waiting for the stream, ms per image: {1e3 * i.stream:.1f}"] if i.stream else []
         rows += [self.said] if self.said else []
         return "\n".join([*rows, f"verdict: {self.verdict.text}"])
 
 
-def look(recipe: Recipe, seconds: float = 60.0) -> Findings:
-    """Train for about so long, without keeping anything.
+def look(recipe: Recipe, seconds: float = 60.0, say: Callable[[str], None] = lambda line: None) -> Findings:
+    """Train for about so long, without keeping anything but the recipe's cache.
 
+    Args:
+        say: gets a line before what takes long, or much room.
     Raises:
         UserError: as a training would; or it is started on several processes.
     """
@@ -70,7 +74,12 @@ def look(recipe: Recipe, seconds: float = 60.0) -> Findings:
     if accelerator.num_processes > 1:
         raise UserError("doctor looks at one process: start it without accelerate launch, or with --num_processes 1")
     parts.seed_everything(recipe.seed, recipe.deterministic)
-    splits = data.with_cache(recipe, data.build(recipe))
+    splits = data.build(recipe)
+    if gib := data.cache_room(recipe, splits):
+        stays = "given back at the end" if recipe.data.cache == "ram" else "which stays there for the training"
+        where = data.cache_place(recipe)
+        say(f"cache: {gib:.2f} GiB (data.cache={recipe.data.cache}) are first built in {where}, {stays}")
+    splits = data.with_cache(recipe, splits)
     built = parts.build(recipe, accelerator, splits, resume=False)
     state = State(micro=recipe.batch.micro if recipe.batch.micro != "auto" else None)
     if state.micro is None:
@@ -190,9 +199,9 @@ def judge(
             f"({recipe.evaluate.batch})",
             {"evaluate.every_epochs": every},
         )
-    kept = recipe.data.cache != "none" or recipe.data.hub.streaming  # of which nothing can be kept
-    busy = whole - seconds["wait"]
-    return feeding.judge(Feed(shares["wait"], cost, busy, images, loading.workers, cores, kept, loading.prefetch))
+    kept, busy, streamed = recipe.data.cache != "none", whole - seconds["wait"], recipe.data.hub.streaming
+    feed = Feed(shares["wait"], cost, busy, images, loading.workers, cores, kept, loading.prefetch, streamed)
+    return feeding.judge(feed)
 
 
 def _within_queues(built: Parts, micro: int, verdict: Verdict) -> Verdict:

@@ -215,7 +215,8 @@ def test_the_command_tries_the_change_and_shows_before_and_after(tmp_path, monke
     file = tmp_path / "r.yaml"
     file.write_text(on_files(folder_of(tmp_path / "set", (64, 80))) + RARELY)
     assert main(["doctor", str(file), "--seconds", "1.5", "--apply"]) == 0
-    said = capsys.readouterr().out
+    said, err = capsys.readouterr()
+    assert "GiB (data.cache=ram) are first built in memory" in err and "given back at the end" in err
     assert said.count("verdict: ") == 2 and 'with data.cache="ram": ' in said
     gain = float(said.rsplit("(", 1)[1].partition("x")[0])
     assert gain > 1.1
