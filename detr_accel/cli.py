@@ -402,7 +402,8 @@ def _doctor_recipe(args, overrides) -> int:
     from detr_accel.train import bottleneck
 
     def look(more: list[str]):
-        found = bottleneck.look(recipes.load(args.recipe, [*overrides, "log.wandb.enabled=false", *more]), args.seconds)
+        recipe = recipes.load(args.recipe, [*overrides, "log.wandb.enabled=false", *more])
+        found = bottleneck.look(recipe, args.seconds, lambda line: print(line, file=sys.stderr, flush=True))
         if not args.json:
             print(found.table(), flush=True)
         return found

@@ -113,9 +113,11 @@ class ImageCost:
     decode: float
     pixels: float
     excess: float
+    stream: float = 0.0  # of the training process, waiting for a stream's rows; no loader process shares in it
 
     @property
     def total(self) -> float:
+        """Of a loader process."""
         return self.read + self.decode + self.pixels
 
 
@@ -123,12 +125,13 @@ class ImageCost:
 class LoaderTime:
     """What a loader process spent on some images, in seconds: it travels with the batch that came of it."""
 
-    read: float = 0.0  # files
+    read: float = 0.0  # files, or the cells of a Hugging Face set
     decode: float = 0.0
     pixels: float = 0.0  # resize, normalise, lay out, hand over
     images: int = 0
     decoded_px: int = 0  # of the files, as stored
     used_px: int = 0  # of these, what the first resize leaves
+    stream: float = 0.0  # what the training process waited for a stream's rows, in seconds
 
     def __add__(self, other: LoaderTime) -> LoaderTime:
         return LoaderTime(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -140,7 +143,8 @@ class LoaderTime:
 
     def per_image(self) -> ImageCost:
         n = max(1, self.images)
-        return ImageCost(self.read / n, self.decode / n, self.pixels / n, self.decoded_px / max(1, self.used_px))
+        excess = self.decoded_px / max(1, self.used_px)
+        return ImageCost(self.read / n, self.decode / n, self.pixels / n, excess, self.stream / n)
 
 
 Lost = tuple[int, str]  # the id of an image, and why it could not be read

@@ -19,7 +19,7 @@ from detr_accel.data.hub_columns import Columns
 from detr_accel.data.hub_where import Where
 from detr_accel.data.images import ImageFiles
 from detr_accel.data.layout import format_of, is_hub_file
-from detr_accel.data.loader import without_lost, worker_death
+from detr_accel.data.loader import largest_canvas, without_lost, worker_death
 from detr_accel.data.opening import Splits, describe
 from detr_accel.data.preview import epoch_sheet
 from detr_accel.data.read_ahead import Ahead
@@ -46,10 +46,11 @@ from detr_accel.structures import Batch, UserError
 
 __all__ = [
     "Demands", "ImageFiles", "Loading", "PlannedBatch", "Room", "Source", "Splits", "StreamSource", "Subset",
-    "all_share", "build", "cache_room", "check", "check_report", "demands", "describe", "eval_batches", "eval_source",
-    "first_recipe_for", "format_of", "in_any_order", "is_hub_file", "is_there", "loading", "odd_rows", "preview",
-    "reads_its_own", "share", "still_window", "task_bytes", "total_windows", "train_windows", "who_reads_what",
-    "windows_per_epoch", "with_cache", "without_lost", "worker_death", "workers", "worst_window",
+    "all_share", "build", "cache_place", "cache_room", "check", "check_report", "demands", "describe", "eval_batches",
+    "eval_source", "first_recipe_for", "format_of", "in_any_order", "is_hub_file", "is_there", "largest_canvas",
+    "loading", "odd_rows", "preview", "reads_its_own", "share", "still_window", "task_bytes", "total_windows",
+    "train_windows", "who_reads_what", "windows_per_epoch", "with_cache", "without_lost", "worker_death", "workers",
+    "worst_window",
 ]  # fmt: skip
 
 _TASKS_AHEAD = 16  # micro-batches of a stream, encoded
@@ -215,7 +216,7 @@ def train_windows(
     device, streamed = torch.device(device), isinstance(source, StreamSource)
     on_device, leave_out = pixels_on_device(recipe, device), recipe.data.on_bad != "stop"
     by = by or loading(recipe, source, micro=micro, num_ranks=num_ranks, device=device)[0]
-    ordered = Ahead(tasks, _TASKS_AHEAD) if streamed else tasks
+    ordered = Ahead(tasks, _TASKS_AHEAD, lambda task, seconds: replace(task, waited=seconds)) if streamed else tasks
     batches = loader.batches(source, ordered, **_how(recipe, by, mean, std), on_device=on_device, leave_out=leave_out)
     return ahead(loader.windows(batches, tasks), device)
 
@@ -284,25 +285,33 @@ def first_recipe_for(root: Path, name: str, detector: str = "auto") -> tuple[str
 
 def with_cache(recipe: Recipe, splits: Splits, quiet: bool = False) -> Splits:
     """The same splits with their images in a cache, where the recipe asks for one; built first where it is not there.
+    What killed runs left in memory is removed, whatever the recipe asks for.
 
     Raises:
         UserError: no room for it.
     """
     d = recipe.data
     if d.cache == "none":
-        return splits
+        return replace(splits, found=[*splits.found, *_swept()])
     from tqdm import tqdm
 
     def progress(items, total):
         return tqdm(items, "cache", total, disable=True if quiet else None, leave=False, delay=2)
 
     folder = Path(d.cache_folder or _CACHES)
-    building = int(workers.room().cores) if d.workers == "auto" else d.workers
+    alone = workers.room([workers.machine()])  # the processes beside this one wait for the cache
+    building = max(1, int(alone.cores)) if d.workers == "auto" else d.workers
     (train, one), (val, two) = (
         cache.cached(source, d.cache, folder, workers=building, progress=progress, **how)
         for source, how in _kept(recipe, splits)
     )
-    return replace(splits, train=train, val=val, found=[*splits.found, one, two])
+    return replace(splits, train=train, val=val, found=[*splits.found, one, two, *_swept()])
+
+
+def _swept() -> list[str]:
+    """After the run's own are held: one that a killed run left is used again where it fits."""
+    gib = cache.sweep()
+    return [f"cache: {gib:.2f} GiB in memory removed, which runs that were killed had left"] if gib else []
 
 
 def cache_room(recipe: Recipe, splits: Splits) -> float:
@@ -313,6 +322,11 @@ def cache_room(recipe: Recipe, splits: Splits) -> float:
     """
     folder = Path(recipe.data.cache_folder or _CACHES)
     return 0.0 if recipe.data.cache == "none" else cache.room(_kept(recipe, splits), recipe.data.cache, folder)
+
+
+def cache_place(recipe: Recipe) -> str:
+    """Where the cache of a recipe lies, in words."""
+    return f"memory ({cache.RAM})" if recipe.data.cache == "ram" else str(Path(recipe.data.cache_folder or _CACHES))
 
 
 _CACHES = "~/.cache/detr_accel"
@@ -352,22 +366,24 @@ def eval_batches(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     keep_faults: bool = False,
-    count: int | None = None,
+    loading: Loading | None = None,
+    room: workers.Room | None = None,
 ) -> Iterator[Batch | UserError]:
     """This rank's batches of a split: each image once over all ranks, in batches that do not depend on their number.
     Images that cannot be read are in no batch but in its ``lost``, unless ``data.on_bad`` is to stop.
 
     Args:
         keep_faults: yield the error of a broken image in the place of its batch, and go on.
-        count: loader processes, where data.workers is auto and they were measured.
+        loading: how training is fed, where data.workers is auto and that was measured; its loader processes are taken.
+        room: of each process, as all agreed on; None: as this one sees it.
     """
-    d, room = recipe.data, workers.room(queue_gib=recipe.data.queue_gib)
+    d, room = recipe.data, room or workers.room(queue_gib=recipe.data.queue_gib)
     short, long, square = evaluated(recipe)
     tasks = EvalTasks(source, recipe.evaluate.batch, short, long, rank, num_ranks, square)
     leave_out = recipe.data.on_bad != "stop" and not keep_faults
     sizes = [eval_plan(s, short, long, square).size_px for s in {*image_sizes(source)}]
     canvas_px = max((h for h, _ in sizes), default=1) * max((w for _, w in sizes), default=1)
-    count = worker_count(recipe, room) if count is None else count
+    count = worker_count(recipe, room) if loading is None else loading.workers
     by, _ = workers.within(count, d.prefetch, 1, recipe.evaluate.batch * canvas_px * (3 * 4 + 1), room)
     return loader.batches(source, tasks, **_how(recipe, by, mean, std), keep_faults=keep_faults, leave_out=leave_out)
 

@@ -3,7 +3,10 @@
 FOLDER/KEY.pixels   uint8, all images one after the other, each [h, w, 3]
 FOLDER/KEY.npz      where each begins, its size (0 x 0: it could not be decoded), its boxes and labels, and how many
                     boxes were cut; written last
-FOLDER/KEY.lock     held by the process that builds
+FOLDER/KEY.lock     held by the process that builds, or that removes
+
+Whoever uses a cache in memory holds a shared lock on its pixels, which the kernel frees however a process ends, in
+whatever container: what nobody holds is left over, and is removed.
 
 KEY is a hash of the data (annotations, and size and time of every file) and of the sizes asked for, so whatever changes
 there makes another cache. An image is kept no larger than any plan of the recipe can need.
@@ -89,7 +92,7 @@ def cached(
     build the same one: they wait.
 
     Args:
-        kind: ``disk``, or ``ram`` (a file in memory that is removed when this process ends).
+        kind: ``disk``, or ``ram`` (a file in memory that is removed when the last process that uses it ends).
         folder: of the caches on disk.
         largest: size of an image -> the largest that it is ever resized to first.
         exact: resize with DETR's own kernel.
@@ -107,17 +110,73 @@ def cached(
     with writing(folder), _locked(path):
         there = _whole(path, sizes)
         if not there:
+            if kind == "ram":
+                sweep(but=path)
             _check_room(folder, kind, gib)
             _build(source, path, sizes, exact, workers, progress)
-    if kind == "ram":
-        atexit.register(_remove, path)
+        if kind == "ram":
+            _hold(path)
     how = "found" if there else f"built in {time.monotonic() - begun:.0f} s"
     where = "memory" if kind == "ram" else path.with_suffix(".pixels")
     return CachedSource(source, path), f"cache: {len(source)} images, {gib:.2f} GiB in {where}, {how}"
 
 
+def sweep(but: Path | None = None) -> float:
+    """Remove what runs that were killed left in memory: caches that no living process uses, whole or half built.
+
+    Args:
+        but: RAM/KEY of one whose lock the caller has: to open that here would lose it.
+    Returns:
+        GiB that were removed.
+    """
+    freed = 0
+    for path in sorted({RAM / p.name.partition(".")[0] for p in RAM.glob("*.*")} - {but}):
+        with suppress(OSError), _locked(path, wait=False) as mine:
+            if mine and _unused(path):
+                size = sum(p.stat().st_blocks * 512 for p in RAM.glob(f"{path.name}.*"))
+                _remove(path)
+                freed += size
+    return freed / 2**30
+
+
+_held: dict[int, tuple[int, Path]] = {}  # by file descriptor: the process that opened it, and the cache
+
+
+def _hold(path: Path) -> None:
+    """Use a cache in memory until this process ends; called by who has its lock."""
+    pixels_ = os.open(path.with_suffix(".pixels"), os.O_RDONLY | os.O_CLOEXEC)
+    fcntl.flock(pixels_, fcntl.LOCK_SH)
+    _held[pixels_] = os.getpid(), path
+
+
+@atexit.register
+def _let_go() -> None:
+    """The last one to go removes the cache; loader processes, which are about to end, do not count."""
+    mine = {file: path for file, (pid, path) in _held.items() if pid == os.getpid()}  # not a parent's
+    for file in mine:
+        fcntl.flock(file, fcntl.LOCK_UN)
+        os.close(file)
+        del _held[file]
+    for path in set(mine.values()):
+        with suppress(OSError), _locked(path, wait=False) as alone:
+            if alone and _unused(path):
+                _remove(path)
+
+
+def _unused(path: Path) -> bool:
+    """Whether no process holds the pixels of a cache, whose lock the caller has."""
+    try:
+        with open(path.with_suffix(".pixels"), "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    except FileNotFoundError:  # half built
+        return True
+    except BlockingIOError:
+        return False
+
+
 def room(splits: Iterable[tuple[Source, dict]], kind: str, folder: Path) -> float:
-    """GiB that are still to be written for some splits; nothing is built.
+    """GiB that are still to be written for some splits; nothing is built, but room is made (``sweep``).
 
     Args:
         splits: each with its ``largest``, ``exact`` and ``settings``, as for ``cached``.
@@ -129,6 +188,8 @@ def room(splits: Iterable[tuple[Source, dict]], kind: str, folder: Path) -> floa
         path, sizes, gib = _plan(source, folder, **how)
         wanted += 0.0 if _whole(path, sizes) else gib
     if wanted:
+        if kind == "ram":
+            sweep()
         there = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
         _check_room(there, kind, wanted)
     return wanted
@@ -178,12 +239,30 @@ def _check_room(folder: Path, kind: str, gib: float) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One builder at a time; the kernel frees the lock of one that was killed."""
+def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """One builder at a time; the kernel frees the lock of one that was killed. ``wait``: else False is given where
+    another has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "a+", encoding="utf-8") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
+    while True:
+        with open(path.with_suffix(".lock"), "a+", encoding="utf-8") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except (BlockingIOError, PermissionError):  # the latter on some file systems
+                if wait:
+                    raise
+                yield False
+                return
+            if not _is_still(path.with_suffix(".lock"), file.fileno()):
+                continue  # removed while this one waited: the lock of a file that nobody finds is none
+            yield True
+            return
+
+
+def _is_still(path: Path, file: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file))
+    except FileNotFoundError:
+        return False
 
 
 class _Images(Dataset):
@@ -243,6 +322,7 @@ def _build(source: Source, path: Path, sizes: np.ndarray, exact: bool, workers: 
 
 
 def _remove(path: Path) -> None:
-    for ending in (".npz", ".pixels", ".lock"):
+    """The lock last, which the caller has: who comes then makes another."""
+    for ending in (".npz", ".pixels", ".tmp", ".index.tmp", ".lock"):
         with suppress(OSError):
             path.with_suffix(ending).unlink()

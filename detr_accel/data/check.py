@@ -37,7 +37,10 @@ CHECKS: dict[str, Kind] = {
     "box.small": Kind("boxes smaller than half of the model's stride", "kept, though hard to find", stops=False),
     "box.overlap": Kind("boxes nearly on top of one of their class (IoU above 0.9)", _KEPT, stops=False),
     "category.names": Kind(
-        "category names that the training json lacks, or has alone", "training does not start", harm=True
+        "category names that the training split lacks, or has alone", "training does not start", harm=True
+    ),
+    "category.absent": Kind(
+        "categories of the training split without a box here", "no figure tells of them", stops=False
     ),
     "category.unused": Kind("categories without a box", "learned as never there", stops=False),
     "category.one_box": Kind("categories with one box", _KEPT, stops=False),
@@ -308,11 +311,17 @@ def _categories(train: Split, others: Sequence[Split]) -> list[Finding]:
         found.append(_finding("category.balance", train.name, max(used) // min(used), "mend", [text]))
     for split in others:
         theirs = list(split.source.table.categories.values())
-        apart = [f"only here: {n}" for n in theirs if n not in names]
-        apart += [f"not here: {n}" for n in names if n not in theirs]
-        unseen = [n for n, c in _counts(split).items() if c and n in names and counts[n] == 0]
+        own, seen = _counts(split), getattr(split.source, "seen", False)
+        lists = ": mend it, or list every class in data.hub.class_names" if seen else ""
+        apart = [f"only here: {n}{lists}" for n in theirs if n not in names]
+        apart += [f"not here: {n}" for n in names if n not in theirs and not seen]
+        absent = [f"{n}: {counts[n]} in {train.name}, none here" for n in names if counts[n] and not own[n]]
+        unseen = [n for n, c in own.items() if c and n in names and counts[n] == 0]
         if apart:
             found.append(_finding("category.names", split.name, len(apart), "mend", apart))
+        if absent and (seen or not apart):
+            absent[0] += ": move some of its images over from there, where there are more"
+            found.append(_finding("category.absent", split.name, len(absent), "mend", absent))
         if unseen:
             found.append(_finding("category.unseen", split.name, len(unseen), "mend", unseen))
     return found

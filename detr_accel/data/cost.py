@@ -52,6 +52,6 @@ class TimedMaking:
         needs = (one.needs_px for plan in task.plans for _, one, _ in plan.images(0))
         batch.spent = LoaderTime(
             read, max(0.0, source.seconds - read), whole - source.seconds, len(task.indices), source.decoded_px,
-            sum(h * w for h, w in needs),
+            sum(h * w for h, w in needs), task.waited,
         )  # fmt: skip
         return batch

@@ -1,14 +1,17 @@
 """Image files to uint8 RGB. Whatever cannot be read raises ``UserError`` with the reason, and never a half image.
 
 JPEGs are decoded by simplejpeg (libjpeg-turbo without a detour): the same pixels as Pillow in about half the time, and
-a half, a quarter or an eighth of the size in less still. Everything else, and every JPEG out of the ordinary
+half of the size or less in less still. Everything else, and every JPEG out of the ordinary
 (CMYK, a rotation to apply, damage), is Pillow's.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -66,25 +69,31 @@ def read_rgb(
         size_px: the (h, w) that the annotations speak of. Equal to the stored size: the stored pixels are used and an
             EXIF rotation is ignored, as DETR does. Equal to the size after the EXIF rotation: it is applied. None: the
             picture as a viewer shows it.
-        at_least_px: the (h, w) that it will be resized to. A JPEG at least twice as large in both directions is decoded
-            at half of its size or less, never below this.
+        at_least_px: the (h, w) that it will be resized to. A picture at least twice as large in both directions comes
+            in half of its size or less, never below this (``decoded_px``).
         data: what the file holds, where it is none on disk; ``path`` then only names it.
         scale: a picture of another size than ``size_px`` that has its shape, to a pixel, is taken for the same in
             another size: boxes are where the record says, whatever the number of pixels.
     Returns:
         uint8 [h, w, 3], of ``size_px`` or of a fraction of it; or, where it was scaled and ``at_least_px`` is given, of
-        the size that the file has.
+        the size that the file has, or of a fraction of that.
     Raises:
         UserError: not an image, truncated, or of another size.
     """
-    fast = None if size_px is None else _read_jpeg(path, size_px, at_least_px, data)
-    if fast is not None:
-        return fast
     try:
-        with Image.open(path if data is None else io.BytesIO(data)) as picture:
+        if data is None:
+            with reading():
+                data = read_bytes(path)
+        fast = None if size_px is None else _read_jpeg(data, size_px, at_least_px)
+        if fast is not None:
+            return fast
+        with Image.open(io.BytesIO(data)) as picture:
             upright = _turned(path, picture, size_px, scale)
             pixels = _to_rgb(upright)
-            if size_px is not None and at_least_px is None and (pixels.height, pixels.width) != size_px:
+            if at_least_px is not None:
+                wanted = decoded_px((pixels.height, pixels.width), at_least_px)
+                return np.array(pixels if wanted == (pixels.height, pixels.width) else _smaller(pixels, wanted))
+            if size_px is not None and (pixels.height, pixels.width) != size_px:
                 _check_pixels(size_px)
                 pixels = pixels.resize(size_px[::-1], Image.Resampling.BILINEAR)
             return np.array(pixels)
@@ -93,6 +102,28 @@ def read_rgb(
     except Exception as error:  # whatever a decoder trips over, the file is at fault
         why = _reason(error)
         raise UserError(f"image {path} cannot be decoded: {why}; replace the file or remove its record") from None
+
+
+def decoded_px(size_px: tuple[int, int], at_least_px: tuple[int, int]) -> tuple[int, int]:
+    """The (h, w) in pixels that a picture is decoded to, less than twice what is needed in one direction at least.
+
+    As it is; or, where it is twice as large, in as few eighths as will do (a JPEG decoder's steps), or in half of one,
+    a quarter of one, and so on.
+    """
+    (h, w), (a, b) = size_px, at_least_px
+    if 2 * a > h or 2 * b > w:
+        return size_px
+    found, eighths = size_px, 4.0
+    while True:
+        less = math.ceil(h * eighths / 8), math.ceil(w * eighths / 8)
+        if less[0] < a or less[1] < b or less == found:
+            return found
+        found, eighths = less, eighths - 1 if eighths > 1 else eighths / 2
+
+
+def _smaller(picture: Image.Image, size_px: tuple[int, int]) -> Image.Image:
+    """Means over areas, as a JPEG decoder gives them."""
+    return picture.resize(size_px[::-1], Image.Resampling.BOX)
 
 
 def _turned(path: str | Path, picture: Image.Image, size_px: tuple[int, int] | None, scale: bool) -> Image.Image:
@@ -162,15 +193,17 @@ _read_seconds = 0.0
 
 
 def seconds_reading() -> float:
-    """What this process has spent on reading files so far."""
+    """What this process has spent on reading so far: files, and the cells of Hugging Face sets."""
     return _read_seconds
 
 
-def _timed_bytes(path: str | Path) -> bytes:
+@contextmanager
+def reading() -> Iterator[None]:
+    """What happens inside is reading (``seconds_reading``); not to be nested."""
     global _read_seconds
     begun = time.perf_counter()
     try:
-        return read_bytes(path)
+        yield
     finally:
         _read_seconds += time.perf_counter() - begun
 
@@ -180,22 +213,22 @@ def read_bytes(path: str | Path) -> bytes:
         return file.read()
 
 
-def _read_jpeg(
-    path: str | Path, size_px: tuple[int, int], at_least_px: tuple[int, int] | None, data: bytes | None = None
-) -> np.ndarray | None:
+def _read_jpeg(data: bytes, size_px: tuple[int, int], at_least_px: tuple[int, int] | None) -> np.ndarray | None:
     """None where Pillow should look: no ordinary JPEG of this size, or something is wrong with it."""
     try:
-        data = _timed_bytes(path) if data is None else data
         if data[:3] != b"\xff\xd8\xff":
             return None
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         if (height, width) != size_px or colours not in ("YCbCr", "Gray", "RGB"):
             return None
-        h, w = at_least_px or size_px
-        if 2 * h > height or 2 * w > width:
+        wanted = size_px if at_least_px is None else decoded_px(size_px, at_least_px)
+        if wanted == size_px:
             return simplejpeg.decode_jpeg(data)
-        return simplejpeg.decode_jpeg(data, min_height=h, min_width=w)
-    except (OSError, ValueError, OverflowError):  # Pillow says what is wrong, or is content with it
+        pixels = simplejpeg.decode_jpeg(data, min_height=wanted[0], min_width=wanted[1])
+        if pixels.shape[:2] == wanted:
+            return pixels
+        return np.array(_smaller(Image.fromarray(pixels), wanted))  # an eighth is the least a JPEG decoder can do
+    except (ValueError, OverflowError):  # Pillow says what is wrong, or is content with it
         return None
 
 

@@ -1,4 +1,4 @@
-"""A first recipe for a folder: about thirty short lines, each setting with its reason from the data."""
+"""A first recipe for a folder: fifteen to twenty lines, each with its reason from the data."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from detr_accel.data.coco import CocoSource
 
 _SIDES = {"left", "right", "l", "r", "lh", "rh"}  # a class that a mirrored picture would turn into another
 _FEW, _MANY = 10_000, 50_000
+_LONGEST = 1.7  # long side to short, beyond which images are shrunk
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def facts(train: CocoSource, val: CocoSource) -> Facts:
 
 
 def write(found: Facts, name: str, root: str, format_: str = "coco", detector: str = "auto") -> str:
-    """The recipe as YAML text.
+    """The recipe as YAML text: settings of one reason share a line, and what the defaults say already is left out.
 
     Args:
         name: of the run.
@@ -54,40 +55,32 @@ def write(found: Facts, name: str, root: str, format_: str = "coco", detector: s
         detector: ``detr``, ``rtdetr``, or ``auto``: by the data.
     """
     chosen, why = _choice(found) if detector == "auto" else (detector, "as asked")
-    return _text(_ROWS[chosen](found, root, format_, why), name, root)
+    return _text(_ROWS[chosen](found, root, format_, why), name)
 
 
 def _detr_rows(found: Facts, root: str, format_: str, why: str) -> list[tuple[str, str]]:
     """Lines and their reasons, for DETR-R101 from COCO weights."""
     short, why_size = _size(found)
     scales = sorted({min(800, _step(short * f)) for f in (0.8, 0.9, 1.0, 1.1, 1.2)})
-    bound = _step(max(scales) * min(found.long_to_short, 1.7))
+    bound, why_bound = _bound(found, max(scales))
+    sizes = {"scales": f"[{', '.join(map(str, scales))}]", "max_size": bound}
     queries, why_queries = _queries(found, 100)
     batch, epochs, steps = _length(found)
-    flip, why_flip = _flip(found)
     return [
         *_data_rows(found, root, format_),
-        ("  augment:", ""),
-        (f"    scales: [{', '.join(map(str, scales))}]", why_size),
-        (f"    max_size: {bound}", f"hardly an image is more than {found.long_to_short:.2f} times as long as wide"),
-        (f"    flip: {flip}", why_flip),
-        (f"  eval_size: {short}", "the middle of the scales"),
-        (f"  eval_max_size: {bound}", ""),
+        (f"  eval_size: {short}", why_size),
+        (f"  eval_max_size: {bound}", why_bound),
+        *_augment_rows(found, sizes),
         ("model:", ""),
         ("  name: detr", why),
         ("  init_from: facebook/detr-resnet-101", _why_start(found, "DETR")),
         (f"  num_queries: {queries}", why_queries),
-        ("  activation_checkpointing: auto", "only where one image would not fit into memory"),
-        ("batch:", ""),
-        (f"  size: {batch}", _why_batch(batch, steps)),
-        ("  micro: auto", "as many at a time as fit"),
-        ("optim:", ""),
-        (f"  lr: {'1.0e-4' if batch == 16 else '5.0e-5'}", "DETR's 1e-4 belongs to 16 images a step"),
-        (f"  lr_backbone: {'1.0e-5' if batch == 16 else '5.0e-6'}", "a tenth, as in DETR"),
-        ("schedule:", ""),
-        (f"  epochs: {epochs}", f"about {steps:,} steps; a longer training is this one number"),
-        ("  drop_at: [0.8]", "the rate drops for the last fifth"),
-        (f"  warmup_steps: {max(20, min(500, steps // 20))}", "new classes start from nothing"),
+        (f"batch: {{size: {batch}, micro: auto}}", _why_batch(batch, steps)),
+        _optim_row(batch, "DETR"),
+        (
+            f"schedule: {{epochs: {epochs}, drop_at: [0.8], warmup_steps: {_warmup(steps)}}}",
+            f"about {steps:,} steps; the rate drops for the last fifth",
+        ),
         *_last_rows(found, steps, queries),
     ]
 
@@ -96,52 +89,66 @@ def _rtdetr_rows(found: Facts, root: str, format_: str, why: str) -> list[tuple[
     """The same for RT-DETRv2-R101 from COCO weights, as in recipes/rtdetr_finetune.yaml."""
     queries, why_queries = _queries(found, 300)
     batch, epochs, steps = _length(found)
-    flip, why_flip = _flip(found)
     side, why_side = _side(found)
-    scales = [side + step for step in (-96, -64, -32, 0, 0, 32, 64, 96)]
+    scales = ", ".join(str(side + step) for step in (-96, -64, -32, 0, 32, 64, 96))
+    flip = [("flip: 0.0", f"{found.sided[0][:24]!r} mirrored is another class")] if found.sided else []
+    augment = [
+        (f"scales: [{scales}]", "around eval_size"),
+        ("scale_by: window, scales_stop: 0.9, crop: 0.0", "one for a step; at the end evaluation's"),
+        ("photometric: {probability: 0.5}", "0 where colours tell the classes apart"),
+        *flip,
+        ("iou_crop: {probability: 0.5}", "RT-DETR's, gentler" + "; flip: 0 where mirroring is wrong" * (not flip)),
+    ]
     return [
         *_data_rows(found, root, format_),
         ("  square: true", "the weights know images squeezed to squares"),
         (f"  eval_size: {side}", why_side),
-        ("  augment:", ""),
-        (f"    scales: [{', '.join(map(str, scales))}]", "around it, one for a step"),
-        ("    scale_by: window", ""),
-        ("    scales_stop: 0.9", "the last tenth sees images as evaluation does"),
-        ("    crop: 0.0", "DETR's crop; the next two are RT-DETR's, more gently"),
-        ("    photometric: {probability: 0.5}", "0 where colours tell the classes apart"),
-        ("    iou_crop: {probability: 0.5}", ""),
-        (f"    flip: {flip}", why_flip),
+        *_flow("  augment: ", augment),
         ("model:", ""),
         ("  name: rtdetr", why),
         ("  init_from: PekingU/rtdetr_v2_r101vd", _why_start(found, "RT-DETR")),
         ("  backbone: {name: resnet101d, pixels: unit}", "as the weights were trained"),
         ("  rtdetr: {encoder_dim: 384, encoder_feedforward: 2048}", "R101's"),
         (f"  num_queries: {queries}", why_queries),
-        ("  activation_checkpointing: auto", "only where one image would not fit into memory"),
-        ("batch:", ""),
-        (f"  size: {batch}", _why_batch(batch, steps)),
-        ("  micro: auto", "as many at a time as fit"),
-        ("optim:", ""),
-        (f"  lr: {'1.0e-4' if batch == 16 else '5.0e-5'}", "RT-DETR's 1e-4 belongs to 16 images a step"),
-        (f"  lr_backbone: {'1.0e-5' if batch == 16 else '5.0e-6'}", "a tenth"),
-        ("  no_decay: [norms]", "as RT-DETR"),
-        ("schedule:", ""),
-        (f"  epochs: {epochs}", f"about {steps:,} steps; a longer training is this one number"),
-        ("  kind: flat_cosine", "half of it at the full rate, then less and less"),
-        ("  min_factor: 0.05", ""),
-        (f"  warmup_steps: {max(20, min(500, steps // 20))}", "new classes start from nothing"),
+        (f"batch: {{size: {batch}, micro: auto}}", _why_batch(batch, steps)),
+        _optim_row(batch, "RT-DETR", ", no_decay: [norms]"),
+        (
+            f"schedule: {{epochs: {epochs}, kind: flat_cosine, warmup_steps: {_warmup(steps)}}}",
+            f"{steps:,} steps, the second half ever slower",
+        ),
         *_last_rows(found, steps, queries),
     ]
 
 
+def _flow(start: str, settings: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """A mapping in braces, a line for each reason."""
+    starts = [start + "{"] + [" " * (len(start) + 1)] * (len(settings) - 1)
+    ends = [","] * (len(settings) - 1) + ["}"]
+    return [(a + text + b, why) for a, (text, why), b in zip(starts, settings, ends, strict=True)]
+
+
+def _optim_row(batch: int, detector: str, more: str = "") -> tuple[str, str]:
+    if batch == 16:
+        return f"optim: {{lr: 1.0e-4, lr_backbone: 1.0e-5{more}}}", f"{detector}'s 1e-4, for 16 images a step"
+    return f"optim: {{lr: 5.0e-5, lr_backbone: 5.0e-6{more}}}", f"{detector}'s 1e-4 belongs to 16 images a step"
+
+
 def _data_rows(found: Facts, root: str, format_: str) -> list[tuple[str, str]]:
-    rows = [
-        ("data:", ""),
-        (f"  root: {_quoted(root)}", f"{found.num_images:,} images to train on, {found.num_val:,} to validate on"),
+    """The reason stands above the folder, whose name may be long."""
+    return [
+        ("data:", f"{found.num_images:,} images to train on, {found.num_val:,} to validate on"),
+        *([(f"  format: {format_}", "a Hugging Face data set")] if format_ != "coco" else []),
+        (f"  root: {_quoted(root)}", ""),
     ]
-    if format_ != "coco":
-        rows.insert(1, (f"  format: {format_}", "a Hugging Face data set"))
-    return rows
+
+
+def _augment_rows(found: Facts, sizes: dict[str, object]) -> list[tuple[str, str]]:
+    """Flipping is the default: only where it would be wrong is it spoken of by a line of its own."""
+    told = ", ".join(f"{key}: {value}" for key, value in sizes.items())
+    if not found.sided:
+        return _flow("  augment: ", [(told, "around eval_size; flip: 0 where mirroring is wrong")])
+    flip = ("flip: 0.0", f"{found.sided[0][:24]!r} mirrored is another class")
+    return _flow("  augment: ", [(told, "around eval_size"), flip])
 
 
 def _length(found: Facts) -> tuple[int, int, int]:
@@ -151,33 +158,36 @@ def _length(found: Facts) -> tuple[int, int, int]:
     return batch, epochs, int(epochs * -(-found.num_images // batch))
 
 
+def _warmup(steps: int) -> int:
+    """Steps for what starts from nothing, as new classes do."""
+    return max(20, min(500, steps // 20))
+
+
 def _last_rows(found: Facts, steps: int, queries: int) -> list[tuple[str, str]]:
-    metric, why_metric = _metric(found)
-    average = min(0.9998, round(1 - 1 / max(50, steps / 50), 4))
-    crowd = [("evaluate:", ""), (f"  max_detections: {queries}", "as many as there are queries")]
+    decay = min(0.9998, round(1 - 1 / max(50, steps / 50), 4))
+    crowd = [(f"evaluate: {{max_detections: {queries}}}", "as many as there are queries")]
+    stop, why_stop = _stop(found)
     return [
-        ("ema:", ""),
-        ("  enabled: true", "the average of the last steps validates better on few images"),
-        (f"  decay: {average}", f"remembers about {round(1 / (1 - average)):,} of {steps:,} steps"),
-        (f"  warmup_steps: {max(50, steps // 20)}", ""),
+        (
+            f"ema: {{enabled: true, decay: {decay}, warmup_steps: {max(50, steps // 20)}}}",
+            f"validates the average of about {round(1 / (1 - decay)):,} of {steps:,} steps",
+        ),
         *(crowd if found.fullest > 90 else []),
-        ("early_stop:", ""),
-        ("  patience: 10", "evaluations without anything better"),
-        (f"  metric: {metric}", why_metric),
+        (f"early_stop: {{{stop}}}", why_stop),
     ]
 
 
 _ROWS = {"detr": _detr_rows, "rtdetr": _rtdetr_rows}
 
 
-def _text(rows: list[tuple[str, str]], name: str, root: str) -> str:
+def _text(rows: list[tuple[str, str]], name: str) -> str:
     width = max(len(text) for text, why in rows if why) + 2
     lines = [f"{text:{width}s}# {why}" if why else text for text, why in rows]
     head = [
-        f"# A first recipe for {root}, from what is in it. Each line says why; any may be changed.", "#",
-        f"#   accelerate launch --config_file accelerate_config.yaml train.py --recipe {name}.yaml", f"name: {name}",
-    ]  # fmt: skip
-    return "\n".join([*head, *lines, ""])
+        "# A first recipe, from what is in the data. Each line says why; any may be changed.",
+        f"#   accelerate launch --config_file accelerate_config.yaml train.py --recipe {name}.yaml",
+    ]
+    return "\n".join([*head, f"name: {name}", *lines, ""])
 
 
 def _step(value: float) -> int:
@@ -191,32 +201,39 @@ def _size(found: Facts) -> tuple[int, str]:
     seen = found.small_px * own / found.short_px  # of the small boxes, at that size
     if seen < 24 and own < 800:
         larger = min(800.0, own * 24 / max(seen, 1e-6))
-        return _step(larger), (
-            f"a tenth of the boxes are below {found.small_px:.0f} px where the short side has {found.short_px}: "
-            "enlarged, as the features have a stride of 32"
-        )
+        return _step(larger), f"a tenth of the boxes are below {found.small_px:.0f} px: enlarged"
     if found.short_px > 800:
-        return 800, f"DETR's own size; the images' short side of {found.short_px} px is more than it can use"
-    return _step(own), f"around the images' own short side of {found.short_px} px"
+        return 800, f"DETR's own; your images' short side is {found.short_px} px"
+    if found.short_px < own:
+        return _step(own), f"your images' short side of {found.short_px} px, enlarged"
+    return _step(own), f"your images' own short side of {found.short_px} px"
+
+
+def _bound(found: Facts, largest: int) -> tuple[int, str]:
+    """The long side: longer images are shrunk, so that a few of them do not make every canvas large."""
+    bound = _step(largest * min(found.long_to_short, _LONGEST))
+    if found.long_to_short > _LONGEST:
+        return bound, f"one image in a hundred is {found.long_to_short:.3g} times as long as wide"
+    return bound, f"hardly an image is over {found.long_to_short:.2f} times as long as wide"
 
 
 def _choice(found: Facts) -> tuple[str, str]:
     """Which detector, and why."""
     seen = found.small_px * min(1.0, 640 / found.short_px)  # of the small boxes, where RT-DETR sees them
     if seen < 48:
-        return "rtdetr", f"a tenth of the boxes are below {found.small_px:.0f} px: it sees with a stride of 8"
+        return "rtdetr", f"boxes below {found.small_px:.0f} px: its stride is 8, DETR's 32"
     if found.fullest > 90:
-        return "rtdetr", f"your fullest image has {found.fullest} objects: it has 300 queries"
+        return "rtdetr", f"your fullest image has {found.fullest} objects"
     if found.num_images < _FEW:
-        return "rtdetr", f"of {found.num_images:,} images it learns in a fraction of DETR's steps"
-    return "detr", f"{found.num_images:,} images and no small objects; rtdetr is the other one (rtdetr_finetune.yaml)"
+        return "rtdetr", f"of {found.num_images:,} images it learns in fewer steps"
+    return "detr", f"{found.num_images:,} images, nothing small; else: rtdetr"
 
 
 def _side(found: Facts) -> tuple[int, str]:
     """The square to train on: what the weights know, more where small boxes would vanish."""
     seen = found.small_px * min(1.0, 640 / found.short_px)
     if seen < 12 and found.short_px > 640:
-        return 800, f"the weights' 640, enlarged: a tenth of the boxes are below {found.small_px:.0f} px in your images"
+        return 800, f"a tenth of the boxes are below {found.small_px:.0f} px: enlarged"
     return 640, "what the weights were trained at"
 
 
@@ -225,11 +242,10 @@ def _queries(found: Facts, trained: int) -> tuple[int, str]:
     Args:
         trained: how many the weights have; RT-DETR's are chosen from the image, so that more of them know as much.
     """
-    fullest = f"your fullest image has {found.fullest} object{'s' * (found.fullest != 1)}"
-    if found.fullest <= 0.9 * trained:
-        return trained, f"{fullest}; {trained} come trained with the weights"
-    more = "more are chosen from the image as those were" if trained == 300 else f"those beyond {trained} start anew"
-    return int(np.ceil(found.fullest * 1.3 / 100) * 100), f"{fullest}; {more}"
+    why = f"your fullest image has {found.fullest} object{'s' * (found.fullest != 1)}"
+    why += f"; {trained} come trained" * (trained == 100)
+    enough = found.fullest <= 0.9 * trained
+    return trained if enough else int(np.ceil(found.fullest * 1.3 / 100) * 100), why
 
 
 def _epochs(found: Facts, batch: int) -> int:
@@ -238,25 +254,20 @@ def _epochs(found: Facts, batch: int) -> int:
     return int(np.clip(round(4000 / per_epoch), 12 if found.num_images >= _MANY else 50, 200))
 
 
-def _flip(found: Facts) -> tuple[float, str]:
-    if found.sided:
-        return 0.0, f"a mirrored picture would turn {found.sided[0]!r} into its opposite"
-    return 0.5, "no class name speaks of left or right; 0 where mirrored pictures are wrong (text, digits)"
-
-
-def _metric(found: Facts) -> tuple[str, str]:
+def _stop(found: Facts) -> tuple[str, str]:
     if found.num_val < 50:
-        return "loss", f"AP of {found.num_val} validation images jumps too much to wait for"
-    return "AP", "of the validation split"
+        return "patience: 10, metric: loss", f"AP over so few images ({found.num_val}) jumps too much to follow"
+    return "patience: 10", f"no better AP in 10 evaluations of {found.num_val:,} images"
 
 
 def _why_batch(batch: int, steps: int) -> str:
-    return "the original's own" if batch == 16 else f"{steps:,} steps in all; the original's 16 would halve them"
+    why = "the original's own" if batch == 16 else f"16 would halve the {steps:,} steps"
+    return f"{why}; micro: what fits"
 
 
 def _why_start(found: Facts, detector: str) -> str:
     if found.num_images < _FEW and detector == "DETR":
-        return f"COCO weights: from scratch DETR needs about {_FEW:,} images, you have {found.num_images:,}"
+        return f"from scratch DETR needs {_FEW:,} images, you have {found.num_images:,}"
     return "COCO weights: far fewer steps than from scratch"
 
 

@@ -26,7 +26,9 @@ from detr_accel.data.layout import MOST_MISSING
 from detr_accel.structures import Classes, UserError
 
 _ROWS = 1000  # of annotations in one step
+_PATH = 300  # letters of a path that are shown: the column may hold images as text
 _CATEGORY, _FEW = "annotation.category", 0.01  # a larger share of boxes without a class is no accident
+_BOX, _SOME = "annotation.box", 4  # fewer boxes say nothing about the rest
 
 
 class ArrowImages:
@@ -44,7 +46,9 @@ class ArrowImages:
 
     def __getitem__(self, row: int) -> tuple[str, bytes | None]:
         """The name of an image, or its path where the file holds no bytes, and the bytes."""
-        return encoded(self.dataset[int(row)][self.column], f"{self.name}, row {row}", self.folder)
+        with decode.reading():
+            cell = self.dataset[int(row)][self.column]
+        return encoded(cell, f"{self.name}, row {row}", self.folder)
 
     def files(self, rows: np.ndarray) -> Iterator[str]:
         """Where the pixels of these rows lie; no image is read for it."""
@@ -93,8 +97,8 @@ def refuse_missing(cells: list[tuple[str, bytes | None]], name: str, folder: str
     if len(missing) > MOST_MISSING * len(cells):
         where = f"relative paths start from {folder}" if folder is not None else "it holds paths and not the images"
         raise UserError(
-            f"{name}: {len(missing)} of {len(cells)} image files looked at are not there, the first: {missing[0]}; "
-            f"{where}: put the images there, or write the set with the images inside"
+            f"{name}: {len(missing)} of {len(cells)} image files looked at are not there, the first: "
+            f"{missing[0][:_PATH]}; {where}: put the images there, or write the set with the images inside"
         )
     return missing
 
@@ -107,12 +111,14 @@ class HubSource(CocoSource):
         at: int64 [I], the row in the set of each image of the table.
         turned: bool [I], images that a viewer shows turned or mirrored, of sets that tell no sizes.
         scale: as of CocoSource.
+        seen: the classes are those that its boxes have; nothing lists them.
     """
 
     def __init__(
-        self, table: Table, images: ArrowImages, classes: Classes, at: np.ndarray, turned: np.ndarray, scale: bool
-    ) -> None:
-        self.images, self.at, self.turned = images, at, turned
+        self, table: Table, images: ArrowImages, classes: Classes, at: np.ndarray, turned: np.ndarray, scale: bool,
+        seen: bool = False,
+    ) -> None:  # fmt: skip
+        self.images, self.at, self.turned, self.seen = images, at, turned, seen
         super().__init__(table, Path(images.name), table.file_names, classes, scale=scale)
 
     def _file(self, row: int) -> str:
@@ -172,13 +178,14 @@ def open_split(
         columns = _named(columns, classes, small, name)
     parts = [hub_columns.flatten(some, columns) for some in small.iter(batch_size=_ROWS)]
     check_names(parts, asked, name)
+    check_boxes(parts, name)
     images = ArrowImages(dataset, columns.image, name, folder)
     _look_for_files(images, len(dataset), dirt)
     table, at, turned = _table(parts, columns, images, name, dirt)
     own = Classes(columns.class_names, tuple(range(len(columns.class_names))))
     if classes is not None and classes.names != own.names:
         raise UserError(f"{name} has other classes than the training split: both must have the same names")
-    return HubSource(table, images, own, at, turned, dirt.policy == "mend")
+    return HubSource(table, images, own, at, turned, dirt.policy == "mend", columns.named and not asked.class_names)
 
 
 def _look_for_files(images: ArrowImages, num: int, dirt: Dirt) -> None:
@@ -236,6 +243,18 @@ def check_names(parts: list[Flat], asked: Columns, name: str) -> None:
     if len(odd) > max(1, _FEW * sum(len(part.labels) for part in parts)):
         number, a, text = odd[0]
         raise UserError(f"{name}, row {number * _ROWS + _rows_of(parts[number])[a]}: {text}")
+
+
+def check_boxes(parts: list[Flat], name: str) -> None:
+    """
+    Raises:
+        UserError: not one box can be read. A few odd ones are dirt.
+    """
+    odd = [(n, a, text) for n, part in enumerate(parts) for a, (kind, text) in part.bad.items() if kind == _BOX]
+    if len(odd) >= _SOME and len(odd) == sum(len(part.labels) for part in parts):
+        number, a, text = odd[0]
+        row = number * _ROWS + _rows_of(parts[number])[a]
+        raise UserError(f"{name}: not one of its {len(odd)} boxes can be read, the first in row {row}: {text}")
 
 
 def _table(

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from detr_accel.data import hub_types
 from detr_accel.structures import UserError
 
 BOX_NAMES = ("bbox", "bboxes", "boxes", "box")
@@ -76,16 +77,17 @@ def resolve(features: Mapping[str, Any], asked: Columns, where: str) -> Columns:
 
     if asked.image not in features:
         raise UserError(f"{where} has no column {asked.image!r} ({_list(features)}): set data.hub.image")
-    fields = _fields(features, asked.objects, where)
-    box = _pick(fields, asked.box, BOX_NAMES, "box", where)
-    category = _pick(fields, asked.category, CATEGORY_NAMES, "category", where)
-    if _inner(fields[box]) is None:
-        raise UserError(f"{where}: {box!r} does not hold lists of four numbers: set data.hub.box to what does")
+    hub_types.check_image(features[asked.image], asked.image, where)
+    fields, others = _fields(features, asked.objects, where)
+    box = _pick(fields, others, asked.box, BOX_NAMES, "box", where)
+    category = _pick(fields, others, asked.category, CATEGORY_NAMES, "category", where)
     names, kind = asked.class_names, fields[category]
+    hub_types.check_box(fields[box], box, where)
+    hub_types.check_category(kind, category, where)
     own = tuple(kind.names) if isinstance(kind, datasets.ClassLabel) and kind.names else ()
     if own and names and names != own:
         raise UserError(f"{where} names its classes itself ({_list(own)}): take data.hub.class_names out of the recipe")
-    named = getattr(kind, "dtype", None) in ("string", "large_string") and not own
+    named = hub_types.is_text(kind) and not own
     if not named and not own and not names:
         raise UserError(
             f"{where}: {category!r} holds numbers without names: list the class names in order, "
@@ -100,10 +102,20 @@ def resolve(features: Mapping[str, Any], asked: Columns, where: str) -> Columns:
     )  # fmt: skip
 
 
-def _fields(features: Mapping[str, Any], objects: str | None, where: str) -> dict[str, Any]:
-    """What one object has, by name."""
+def category_kind(features: Mapping[str, Any], asked: Columns, where: str) -> Any:
+    """The type of what stands for an object's class.
+
+    Raises:
+        UserError: as ``resolve``.
+    """
+    fields, others = _fields(features, asked.objects, where)
+    return fields[_pick(fields, others, asked.category, CATEGORY_NAMES, "category", where)]
+
+
+def _fields(features: Mapping[str, Any], objects: str | None, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What one object has, by name; and what else is there, which is no list."""
     if objects is None:
-        return {name: inner for name, kind in features.items() if (inner := _inner(kind)) is not None}
+        return _lists(features)
     if objects not in features:
         raise UserError(
             f"{where} has no column {objects!r} ({_list(features)}): set data.hub.objects, to null where boxes and "
@@ -111,23 +123,30 @@ def _fields(features: Mapping[str, Any], objects: str | None, where: str) -> dic
         )
     kind = features[objects]
     if isinstance(kind, Mapping):  # a struct of lists
-        return {name: inner for name, of in kind.items() if (inner := _inner(of)) is not None}
-    inner = _inner(kind)
+        return _lists(kind)
+    inner = hub_types.inner(kind)
     if isinstance(inner, Mapping):  # a list of structs
-        return dict(inner)
-    raise UserError(f"{where}: {objects!r} is neither a struct of lists nor a list of structs: set data.hub.objects")
+        return dict(inner), {}
+    raise UserError(
+        f"{where}: {objects!r} holds {hub_types.told(kind)} and is neither a struct of lists nor a list of structs: "
+        "write it as one of them, or set data.hub.objects to what is"
+    )
 
 
-def _inner(kind: Any) -> Any:
-    """What a list holds; None for anything else."""
-    if isinstance(kind, list):
-        return kind[0]
-    return getattr(kind, "feature", None)
+def _lists(features: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    fields = {name: inner for name, kind in features.items() if (inner := hub_types.inner(kind)) is not None}
+    return fields, {name: kind for name, kind in features.items() if name not in fields}
 
 
-def _pick(fields: Mapping[str, Any], asked: str | None, usual: tuple[str, ...], what: str, where: str) -> str:
-    found = asked if asked is not None else next((name for name in usual if name in fields), None)
-    if found is None or found not in fields:
+def _pick(
+    fields: Mapping[str, Any], others: Mapping[str, Any], asked: str | None, usual: tuple[str, ...], what: str,
+    where: str,
+) -> str:  # fmt: skip
+    wanted = usual if asked is None else (asked,)
+    found = next((name for name in wanted if name in fields), None)
+    if found is None:
+        if odd := next((name for name in wanted if name in others), None):
+            hub_types.refuse_list(others[odd], odd, what, where)
         missing = repr(asked) if asked is not None else f"{what} among its objects' fields"
         raise UserError(f"{where} has no {missing} ({_list(fields)}): set data.hub.{what} to the right one")
     return found
@@ -164,10 +183,10 @@ def flatten(table: Any, columns: Columns) -> Flat:
         told = f"{columns.category} {fields[columns.category][a].as_py()!r} is none of the {len(columns.class_names)}"
         bad[a] = "annotation.category", f"{told} classes: mend it, or complete data.hub.class_names"
     num = len(labels)
-    crowd = _numbers(fields[columns.crowd], "int64", 0) if columns.crowd else np.zeros(num, np.int64)
+    crowd = _crowd(fields[columns.crowd]) if columns.crowd else np.zeros(num, bool)
     return Flat(
         counts, boxes, labels, _numbers(fields[columns.area], "float64", np.nan) if columns.area else
-        np.full(num, np.nan), crowd == 1, _numbers(fields[columns.ids], "int64", -1) if columns.ids else
+        np.full(num, np.nan), crowd, _numbers(fields[columns.ids], "int64", -1) if columns.ids else
         np.full(num, -1), _numbers(table.column("image_id"), "int64", -1) if columns.image_ids else
         np.full(len(counts), -1), _sizes(table, columns), faults, bad,
     )  # fmt: skip
@@ -256,6 +275,16 @@ def _numbers(values: Any, dtype: str, missing: float) -> np.ndarray:
             return np.full(len(values), missing, dtype)
         half = len(values) // 2
         return np.concatenate([_numbers(part, dtype, missing) for part in (values[:half], values[half:])])
+
+
+def _crowd(values: Any) -> np.ndarray:
+    """bool [A]; False where it is no such thing."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        values = pc.is_in(pc.utf8_lower(values), value_set=pa.array(["1", "true", "yes"], values.type))
+    return _numbers(values, "int64", 0) == 1
 
 
 def _sizes(table: Any, columns: Columns) -> np.ndarray:

@@ -6,51 +6,60 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from detr_accel.data import hub_columns
+from detr_accel.data import hub_columns, hub_types
 from detr_accel.data.hub_columns import Columns
-from detr_accel.data.hub_where import Where, is_saved
+from detr_accel.data.hub_where import Opened
 from detr_accel.structures import UserError
 
 
-def check(where: Where, splits: Mapping[str, Any], asked: Columns) -> None:
+def check(found: Opened, splits: Mapping[str, Any], asked: Columns) -> None:
     """
     Args:
         splits: as opened.
     Raises:
-        UserError: a parquet or Arrow file numbers the classes otherwise than the set does; names files and lists.
+        UserError: a parquet or Arrow file numbers the classes otherwise than the set does, or has numbers where another
+            one has names; tells the files and what they hold.
     """
-    if is_saved(where):
-        return  # a split has names of its own there
-    files = _files(where)
-    if len(files) < 2:
+    files = [name for name in found.files() if name.endswith((".parquet", ".arrow"))]
+    if len(files) < 2:  # none of a set that was saved: a split has names of its own there
         return
     with ThreadPoolExecutor(8) as pool:
-        lists = dict(zip(files, pool.map(lambda name: _names(_features(name), asked), files), strict=True))
+        features = list(pool.map(_features, files))
+    _check_kinds({file: _kind(one, asked) for file, one in zip(files, features, strict=True)})
+    lists = {file: _names(one, asked) for file, one in zip(files, features, strict=True)}
     taken = next((names for one in splits.values() if (names := _names(one.features, asked))), None)
     taken = taken or next((names for names in lists.values() if names), ())
     for file, names in lists.items():
         if names and names != taken[: len(names)]:
-            like = next((f for f, others in lists.items() if others == taken), str(where))
+            like = next((f for f, others in lists.items() if others == taken), str(found.where))
             raise UserError(
                 f"{file} lists the classes as {_told(names)} and {like} as {_told(taken)}, and their numbers are read "
                 "by one list: write the files anew with the same ClassLabel"
             )
 
 
-def _files(where: Where) -> list[str]:
-    """Those of every split that carry names."""
-    import datasets
+def _check_kinds(kinds: Mapping[str, Any]) -> None:
+    """The library makes one type of all: a number would become a name, and another class than that of the name."""
+    known = {file: kind for file, kind in kinds.items() if kind is not None}
+    first = next(iter(known), None)
+    for file, kind in known.items():
+        if hub_types.is_text(kind) != hub_types.is_text(known[first]):
+            raise UserError(
+                f"{file} holds the categories as {hub_types.told(kind)} and {first} as {hub_types.told(known[first])}: "
+                "write the files anew with one type"
+            )
 
-    if Path(where.path).is_file():
-        return []
+
+def _kind(features: Any, asked: Columns) -> Any:
+    if features is None:
+        return None
     try:
-        found = datasets.load_dataset_builder(where.path, where.config, revision=where.revision).config.data_files or {}
-    except Exception:  # noqa: BLE001  a set of the hub's, opened from the cache while the hub cannot be reached
-        return []
-    return [str(name) for names in found.values() for name in names if str(name).endswith((".parquet", ".arrow"))]
+        kind = hub_columns.category_kind(features, asked, "")
+    except UserError:  # told when the set is read
+        return None
+    return kind if hub_types.is_text(kind) or hub_types.is_number(kind) else None
 
 
 def _features(name: str) -> Any:

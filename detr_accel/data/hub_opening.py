@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from detr_accel.data import hub, hub_files, hub_names, hub_where, opening, stream, stream_rows
@@ -12,7 +12,7 @@ from detr_accel.data.check import Split
 from detr_accel.data.dirt import Dirt
 from detr_accel.data.hub import HubSource
 from detr_accel.data.hub_columns import Columns
-from detr_accel.data.hub_where import Where
+from detr_accel.data.hub_where import Opened, Where
 from detr_accel.data.opening import Splits
 from detr_accel.structures import Classes, UserError
 
@@ -32,8 +32,13 @@ class Asked:
     val_split: str | None
     on_bad: str
 
+    @cached_property
+    def found(self) -> Opened:
+        """What is there, asked for once."""
+        return Opened(self.where)
+
     def split_names(self, splits: Mapping[str, Any]) -> tuple[str, str | None]:
-        hub_names.check(self.where, splits, self.columns)
+        hub_names.check(self.found, splits, self.columns)
         return hub_where.split_names(splits, self.train_split, self.val_split, self.where)
 
     def open(self, dataset: Any, split: str, dirt: Dirt, classes: Classes | None = None) -> HubSource:
@@ -52,7 +57,7 @@ def whole(asked: Asked, split_json: dict | None, val_fraction: float, seed: int)
     Raises:
         UserError: as ``hub.open_split``; or there is nothing to learn from.
     """
-    splits = hub_where.load(asked.where)
+    splits = asked.found.splits()
     train_name, val_name = asked.split_names(splits)
     found, more = Dirt(asked.on_bad), Dirt(asked.on_bad)
     train = asked.open(splits[train_name], train_name, found)
@@ -78,7 +83,7 @@ def streamed(asked: Asked, length: int | None, block: int, lanes: int | str) -> 
         UserError: what a stream cannot know is told by nobody; or as ``hub.open_split``.
     """
     where = asked.where
-    splits = hub_where.load(where, streaming=True)
+    splits = asked.found.splits(streaming=True)
     train_name, val_name = asked.split_names(splits)
     if val_name is None:
         raise UserError(
@@ -86,7 +91,7 @@ def streamed(asked: Asked, length: int | None, block: int, lanes: int | str) -> 
             "or data.hub.streaming=false"
         )
     dataset, found = splits[train_name], Dirt(asked.on_bad)
-    files = hub_files.look_at(hub_where.files(where, train_name))
+    files = hub_files.look_at(asked.found.files(train_name))
     train = stream.open_stream(
         dataset, asked.columns, hub_files.shard_rows(files), length, block, lanes, asked.title(train_name),
         card=hub_where.told_length(dataset, train_name), on_bad=asked.on_bad, folder=where.folder,
@@ -94,7 +99,7 @@ def streamed(asked: Asked, length: int | None, block: int, lanes: int | str) -> 
     )  # fmt: skip
     first = train.first_block()
     odd = stream_rows.look(first, asked.columns) if first is not None else []
-    val = asked.open(hub_where.load_one(where, val_name), val_name, found, train.classes)
+    val = asked.open(asked.found.one(val_name), val_name, found, train.classes)
     lines = [opening.line("train", train), opening.line("val", val), *odd, *opening.no_boxes(val)]
     return Splits(train, val, [*lines, *found.lines("val", opening.DESCRIBED)])
 
@@ -108,12 +113,12 @@ def split_named(asked: Asked, wanted: str, only: bool) -> HubSource:
     Raises:
         UserError: it is not there; names those that are.
     """
-    splits = hub_where.split_list(asked.where) if only else hub_where.load(asked.where)
+    splits = asked.found.names() if only else asked.found.splits()
     train_name, val_name = asked.split_names(splits)
     name = {"train": train_name, "val": val_name}.get(wanted, wanted)
     if name not in splits:
         raise UserError(f"{asked.where} has no split {wanted!r} ({', '.join(splits)}); choose with --split")
-    dataset = hub_where.load_one(asked.where, name) if only else splits[name]
+    dataset = asked.found.one(name) if only else splits[name]
     return asked.open(dataset, name, Dirt(asked.on_bad))
 
 
@@ -123,7 +128,7 @@ def to_check(asked: Asked) -> list[Split]:
     Raises:
         UserError: there is no data set.
     """
-    splits = hub_where.load(asked.where)
+    splits = asked.found.splits()
     names = zip(("train", "val"), asked.split_names(splits), strict=True)
     rows = [(split, name) for split, name in names if name is not None]
     return [opening.looked_at(split, asked.on_bad, partial(asked.open, splits[name], name)) for split, name in rows]

@@ -14,6 +14,8 @@ from detr_accel.structures import UserError, first_line
 
 VAL_NAMES = ("validation", "val", "valid", "dev")
 _NO_ROWS = re.compile(r'Instruction "([^"]+)" corresponds to no data')  # the library's words
+_WRAPPED = "An error occurred while generating the dataset"  # what is wrong is its cause
+_CAST = "Couldn't cast"
 _FILES = {".parquet": "parquet", ".arrow": "arrow"}
 
 
@@ -39,31 +41,76 @@ class Where:
         return self.path if self.config is None else f"{self.path} ({self.config})"
 
 
-def load(where: Where, streaming: bool = False) -> Mapping[str, Any]:
-    """Open every split.
+class Opened:
+    """A data set that has been found: the hub is asked once what it has, and everything else follows from the answer.
 
-    Returns:
-        split -> ``datasets.Dataset``, or ``datasets.IterableDataset`` when streaming.
     Raises:
         UserError: nothing there, no network, or not a data set.
     """
-    import datasets
 
-    path, saved = Path(where.path), is_saved(where)
-    if saved and streaming:
-        raise UserError(f"{where} was written by save_to_disk and is read in place: set data.hub.streaming=false")
-    with _opening(where):
-        if saved:
-            _check_saved(where)
-            found = datasets.load_from_disk(where.path)
-            return found if isinstance(found, Mapping) else {"train": found}
-        if path.is_file():
-            if path.suffix not in _FILES:
-                raise UserError(
-                    f"{where} is no .parquet or .arrow file: set data.root to one, or to the folder of a data set"
-                )
-            return datasets.load_dataset(_FILES[path.suffix], data_files=where.path, streaming=streaming)
-        return datasets.load_dataset(where.path, where.config, revision=where.revision, streaming=streaming)
+    def __init__(self, where: Where) -> None:
+        import datasets
+
+        path, self.where, self._builder = Path(where.path), where, None
+        self.is_saved = is_saved(where)
+        if self.is_saved:
+            return
+        if path.is_file() and path.suffix not in _FILES:
+            raise UserError(
+                f"{where} is no .parquet or .arrow file: set data.root to one, or to the folder of a data set"
+            )
+        with _opening(where):
+            if path.is_file():
+                self._builder = datasets.load_dataset_builder(_FILES[path.suffix], data_files=where.path)
+            else:
+                self._builder = datasets.load_dataset_builder(where.path, where.config, revision=where.revision)
+
+    def splits(self, streaming: bool = False) -> Mapping[str, Any]:
+        """Every split.
+
+        Returns:
+            split -> ``datasets.Dataset``, or ``datasets.IterableDataset`` when streaming.
+        Raises:
+            UserError: it cannot be read, or not so.
+        """
+        if self.is_saved and streaming:
+            raise UserError(
+                f"{self.where} was written by save_to_disk and is read in place: set data.hub.streaming=false"
+            )
+        with _opening(self.where):
+            if self.is_saved:
+                return _saved(self.where)
+            if streaming:
+                return self._builder.as_streaming_dataset()
+            self._builder.download_and_prepare()
+            return self._builder.as_dataset()
+
+    def names(self) -> Mapping[str, Any]:
+        """The splits by name, without fetching their files where that can be."""
+        return self.splits(streaming=not self.is_saved)
+
+    def files(self, split: str | None = None) -> list[str]:
+        """The files of a split, or of all, paths or URLs, in the order of the shards; none of a set that
+        ``save_to_disk`` wrote, and of one of the hub's that is opened from the cache."""
+        found = (self._builder.config.data_files or {}) if self._builder is not None else {}
+        return [str(name) for own, names in found.items() if split in (None, own) for name in names]
+
+    def one(self, split: str) -> Any:
+        """One split whole: only its files are fetched."""
+        import datasets
+
+        if self.is_saved or not self.files(split):
+            return self.splits()[split]
+        known = self._builder
+        with _opening(self.where):
+            alone = type(known)(
+                cache_dir=known._cache_dir_root, dataset_name=known.dataset_name, config_name=known.config.name,
+                hash=known.hash, base_path=known.base_path, features=known.info.features, token=known.token,
+                repo_id=known.repo_id, storage_options=known.storage_options,
+                data_files=datasets.data_files.DataFilesDict({split: known.config.data_files[split]}),
+            )  # fmt: skip
+            alone.download_and_prepare(verification_mode="no_checks")  # the card counts every split
+            return alone.as_dataset(split=split)
 
 
 def is_saved(where: Where) -> bool:
@@ -72,49 +119,35 @@ def is_saved(where: Where) -> bool:
     return path.is_dir() and any((path / name).exists() for name in ("dataset_dict.json", "state.json"))
 
 
-def _check_saved(where: Where) -> None:
+def _saved(where: Where) -> Mapping[str, Any]:
     """
     Raises:
         UserError: a split has no rows, which the library cannot open.
     """
+    import datasets
+
     for path in sorted((*Path(where.path).glob("state.json"), *Path(where.path).glob("*/state.json"))):
         if not json.loads(path.read_text(encoding="utf-8")).get("_data_files"):
             split = "train" if path.parent == Path(where.path) else path.parent.name
             raise no_rows(f"{where}, split {split}")
-
-
-def files(where: Where, split: str) -> list[str]:
-    """The files of a split, paths or URLs, in the order of the shards."""
-    import datasets
-
-    if Path(where.path).is_file():
-        return [where.path]
-    with _opening(where):
-        builder = datasets.load_dataset_builder(where.path, where.config, revision=where.revision)
-        return [str(name) for name in (builder.config.data_files or {}).get(split, [])]
-
-
-def split_list(where: Where) -> Mapping[str, Any]:
-    """The splits by name, without fetching their files where that can be."""
-    return load(where, streaming=not (is_saved(where) or Path(where.path).is_file()))
-
-
-def load_one(where: Where, split: str) -> Any:
-    """One split whole, where the others are streamed: only its files are read."""
-    import datasets
-
-    if is_saved(where) or Path(where.path).is_file():
-        return load(where)[split]
-    with _opening(where):
-        builder = datasets.load_dataset_builder(where.path, where.config, revision=where.revision)
-        of_split = {split: list(builder.config.data_files[split])}
-        return datasets.load_dataset(builder.name, data_files=of_split, features=builder.info.features)[split]
+    found = datasets.load_from_disk(where.path)
+    return found if isinstance(found, Mapping) else {"train": found}
 
 
 def told_length(dataset: Any, split: str) -> int | None:
     """How many rows a streamed set says it has, where its card tells."""
     known = (dataset.info.splits or {}).get(split)
     return known.num_examples if known is not None and known.num_examples else None
+
+
+def why(error: BaseException) -> tuple[str, str | None]:
+    """What an error of the library says, in one line; and what to do where its files do not fit each other."""
+    if str(error).startswith(_WRAPPED) and error.__cause__ is not None:
+        error = error.__cause__
+    if _CAST not in str(error):
+        return first_line(error), None
+    told = " ".join(str(error).split())[:400]
+    return told, "its files differ in the types of their columns: write them anew with the same"
 
 
 class _opening:
@@ -129,10 +162,12 @@ class _opening:
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
         if error is None or isinstance(error, UserError) or not isinstance(error, Exception):
             return
-        reason = first_line(error)
+        reason, unlike = why(error)
         if empty := _NO_ROWS.search(reason):
             raise no_rows(f"{self.where}, split {empty[1]}") from None
-        if self.where.on_disk:
+        if unlike:
+            what = unlike
+        elif self.where.on_disk:
             what = "give a folder with parquet files, or with images and a metadata.jsonl, or a .parquet file"
         else:
             what = (

@@ -169,6 +169,12 @@ def _death(how: str) -> UserError:
     return UserError(f"a loader process was ended from outside ({how}), {_MOST_LIKELY}")
 
 
+def largest_canvas(micro_batches: Iterable[Batch | PlannedBatch]) -> tuple[int, int]:
+    """The (h, w) that holds every one of them, also those whose images are all lost; (0, 0) of none."""
+    sizes = [(0, 0), *(b.canvas_px for b in micro_batches)]
+    return max(h for h, _ in sizes), max(w for _, w in sizes)
+
+
 def without_lost(micro_batches: list[Batch]) -> tuple[list[Batch], list[Lost]]:
     """The micro-batches that have images, and what was lost of all of them."""
     return [b for b in micro_batches if len(b)], [lost for b in micro_batches for lost in b.lost]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -15,10 +16,13 @@ class Ahead(Generic[T]):
 
     Args:
         ahead: items that may wait.
+        noted: gets an item and the seconds that its user waited for it, and gives the item back.
     """
 
-    def __init__(self, items: Iterable[T], ahead: int) -> None:
-        self.items, self.ahead = items, ahead
+    def __init__(
+        self, items: Iterable[T], ahead: int, noted: Callable[[T, float], T] = lambda item, seconds: item
+    ) -> None:
+        self.items, self.ahead, self.noted = items, ahead, noted
 
     def __iter__(self) -> Iterator[T]:
         waiting: queue.Queue = queue.Queue(self.ahead)
@@ -27,12 +31,14 @@ class Ahead(Generic[T]):
         thread.start()
         try:
             while True:
+                begun = time.perf_counter()
                 item, error = waiting.get()
+                seconds = time.perf_counter() - begun
                 if error is not None:
                     raise error
                 if item is _END:
                     return
-                yield item
+                yield self.noted(item, seconds)
         finally:
             over.set()
             if thread is not threading.current_thread():  # which may be the one that collects the garbage

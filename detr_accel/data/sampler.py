@@ -27,6 +27,7 @@ class Task:
     indices: tuple[int, ...]  # into the source
     plans: tuple[Plan, ...]
     canvas_px: tuple[int, int]
+    waited: float = 0.0  # seconds that the training process waited for the stream to give it
 
 
 def windows_per_epoch(num_images: int, batch_size: int) -> int:

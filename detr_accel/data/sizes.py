@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import torch
 
 from detr_accel.data import augment, workers
-from detr_accel.data.cache import CachedSource
 from detr_accel.data.geometry import Augmentation, Demands, eval_plan, stepped, worst_canvas
 from detr_accel.data.opening import Splits
 from detr_accel.data.sampler import share, windows_per_epoch
+from detr_accel.data.shapes import ShapesSource
 from detr_accel.data.source import Source
 from detr_accel.data.stream import StreamSource
 from detr_accel.data.workers import Loading, Room
@@ -51,18 +51,12 @@ def task_bytes(recipe: Recipe, source: Source, micro: int, device: torch.device)
         return micro * height * width * (3 * 4 + 1)
     policy, strong = base_policy(recipe, len(source)), strong_policy(recipe, len(source))
     if isinstance(source, StreamSource):  # of any shape that fits between the longest side and the short one
-        longest = 1 if policy.square else policy.max_size / min(policy.max_size, policy.largest)
-        sizes, scaled = [(10**6, 10**6), (10**6, int(10**6 * longest))], True
+        longest = 2 if policy.square else policy.max_size / min(policy.max_size, policy.largest)
+        sizes = [(10**6, 10**6), (10**6, int(10**6 * longest))]
     else:
-        sizes, scaled = image_sizes(source), _decoded_small(source)
-    return micro * workers.decoded_bytes(sizes, policy, strong, scaled)
-
-
-def _decoded_small(source: Source) -> bool:
-    """Whether images come no larger than they are needed, as far as their names tell: only JPEG decoders do that."""
-    if isinstance(source, CachedSource):
-        return True
-    return all(source.name(i).lower().endswith((".jpg", ".jpeg")) for i in range(len(source)))
+        sizes = image_sizes(source)
+    drawn, seen = isinstance(source, ShapesSource), not isinstance(source, StreamSource)
+    return micro * workers.decoded_bytes(sizes, policy, strong, scaled=not drawn, seen=seen)
 
 
 def _worst_canvas(recipe: Recipe, source: Source) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from detr_accel.data import hub_columns
+from detr_accel.data import hub_columns, hub_where
 from detr_accel.data import source as seeds
 from detr_accel.data.augment import Strong
 from detr_accel.data.decode import read_rgb
@@ -27,7 +27,7 @@ from detr_accel.data.hub import undecoded
 from detr_accel.data.hub_columns import Columns
 from detr_accel.data.sampler import Planner, Task, Windows, share, windows_per_epoch
 from detr_accel.data.stream_rows import LOOKED_AT, Block, Reading, Row
-from detr_accel.structures import Classes, Sample, UserError, first_line
+from detr_accel.structures import Classes, Sample, UserError
 
 MOST_LANES = 16
 
@@ -158,10 +158,9 @@ class StreamSource:
                 only = only.with_format("arrow")
                 yield from (only.skip(first * size) if first else only).iter(batch_size=size)
         except Exception as error:  # of the network, the file system, Arrow or the library
-            reason = first_line(error)
-            raise UserError(
-                f"{self.title}: shard {shard} cannot be read on: {reason}; go on with --resume once it can"
-            ) from error
+            reason, unlike = hub_where.why(error)
+            what = unlike or "go on with --resume once it can"
+            raise UserError(f"{self.title}: shard {shard} cannot be read on: {reason}; {what}") from error
 
     def _tables(self, rows: Iterator[dict], size: int) -> Iterator[Any]:
         """Of sets that are no tables, such as folders of images."""
@@ -361,12 +360,12 @@ def open_stream(
 
 
 def _features(dataset: Any) -> Any:
-    """Told by the set, or seen in its first row."""
+    """Told by the set, or seen in its first rows: more than one, which may hold no object."""
     import datasets
 
     if dataset.features is not None:
         return dataset.features
-    first = next(iter(dataset.with_format("arrow").iter(batch_size=1)), None)
+    first = next(iter(dataset.with_format("arrow").iter(batch_size=LOOKED_AT)), None)
     return {} if first is None else datasets.Features.from_arrow_schema(first.schema)
 
 

@@ -14,7 +14,7 @@ from detr_accel.data import hub_columns, settle
 from detr_accel.data.coco import clip, reach_out
 from detr_accel.data.decode import header, size_fault
 from detr_accel.data.dirt import KINDS, Dirt
-from detr_accel.data.hub import check_names, encoded, refuse_missing, remedies
+from detr_accel.data.hub import check_boxes, check_names, encoded, refuse_missing, remedies
 from detr_accel.data.hub_columns import Columns
 from detr_accel.structures import UserError
 
@@ -159,6 +159,7 @@ def look(block: Block, asked: Columns) -> list[str]:
     """
     how, dirt = block.how, Dirt(block.how.on_bad)
     check_names([block.flat], asked, f"{how.title}, shard {block.shard}")
+    check_boxes([block.flat], f"{how.title}, the first {len(block)} rows")
     cells = {}
     for number in range(len(block)):
         row = block.row(number, -1)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from detr_accel import host
 from detr_accel.data.augment import Strong
+from detr_accel.data.decode import decoded_px
 from detr_accel.data.geometry import Augmentation, Size, largest_first
 
 GIB = 2**30
@@ -122,22 +123,26 @@ def most(room: Room, on_gpu: bool) -> int:
 
 
 def decoded_bytes(
-    sizes_px: Iterable[Size], policy: Augmentation, strong: Strong | None, scaled: bool = True
+    sizes_px: Iterable[Size], policy: Augmentation, strong: Strong | None, scaled: bool = True, seen: bool = True
 ) -> int:
     """The most that one image of a micro-batch takes as decoded, with all that a mosaic or mixup brings.
 
-    A JPEG decoder gives less than twice one of the needed sides where the file is larger, and a cache no more than is
-    needed.
-
     Args:
-        scaled: every file is such a JPEG, or cached; else an image may come whole.
+        sizes_px: (h, w) of the images, in pixels.
+        scaled: they come no larger than ``decode.decoded_px`` says, as files do; else whole.
+        seen: the sizes are theirs; else they are shapes, and an image of each may have any number of pixels.
     """
     whole = not scaled or (strong is not None and strong.crops_originals())
     most = 1
     for h, w in set(sizes_px):
         a, b = largest_first((h, w), policy)
-        times = min(1.0, 1.0 if whole else 2 * max(a / h, b / w))
-        most = max(most, math.ceil(h * w * times**2))
+        if whole:
+            most = max(most, h * w)
+        elif seen:
+            most = max(most, math.prod(decoded_px((h, w), (a, b))))
+        else:
+            ratio = 2 * max(a / h, b / w)
+            most = max(most, math.ceil(h * ratio + 2) * math.ceil(w * ratio + 2))
     return 3 * most * (1 if strong is None else strong.most_boxes(1))
 
 

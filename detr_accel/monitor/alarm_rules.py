@@ -43,6 +43,7 @@ class About:
     num_queries: int = 100
     cores: int = 2  # that a process may use
     cached: bool = False  # data.cache
+    streamed: bool = False  # data.hub.streaming
     from_scratch: bool = True  # no model.init_from
     on_gpu: bool = True
     num_images: int = 10**6  # in the training split

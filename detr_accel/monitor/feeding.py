@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from detr_accel.structures import ImageCost
 
+_MOST_READY = 16  # micro-batches in each loader process, beyond which more are of no use
 MARGIN = 1.2  # so many times faster than the device should the loader processes be
 
 
@@ -15,7 +16,7 @@ class Verdict:
     """What holds the training up, in words, and what would help.
 
     Args:
-        name: disk, decoding, pixels, workers, matching, evaluation or computing.
+        name: disk, stream, decoding, pixels, workers, matching, evaluation or computing.
         changes: recipe keys and values to try.
     """
 
@@ -34,6 +35,8 @@ class Feed:
         images: of this process in a window.
         workers: loader processes there are; cores: that this process may use.
         cached: whether images come from a cache.
+        prefetch: micro-batches that each loader process keeps ready.
+        streamed: whether images come from a stream, of which nothing can be kept.
     """
 
     share: float
@@ -43,6 +46,13 @@ class Feed:
     workers: int
     cores: int
     cached: bool
+    prefetch: int = 2
+    streamed: bool = False
+
+    @property
+    def waited(self) -> float:
+        """Seconds of a window that the device waits."""
+        return self.busy * self.share / max(1e-9, 1 - self.share)
 
 
 def needed_workers(cost: ImageCost, images: float, seconds: float, margin: float = MARGIN) -> int:
@@ -53,7 +63,22 @@ def needed_workers(cost: ImageCost, images: float, seconds: float, margin: float
 def judge(feed: Feed) -> Verdict:
     """What takes the loader processes' time, and the change that helps most."""
     cost, waits = feed.cost, f"the device waits {100 * feed.share:.0f} % of the time for images"
-    if cost.read > 0.5 * cost.total and not feed.cached:
+    if feed.streamed and cost.stream * feed.images > 0.5 * feed.waited:
+        return Verdict(
+            "stream",
+            f"{waits}, {1e3 * cost.stream:.0f} ms an image of it for the stream's rows: one thread of each training "
+            "process reads them, so no data.workers will help; bring the set to a fast local disk (its folder as "
+            "data.root), or set data.hub.streaming=false, which copies all of it there first",
+        )
+    keeps = not feed.cached and not feed.streamed
+    if feed.streamed and cost.read > 0.5 * cost.total:
+        return Verdict(
+            "disk",
+            f"{waits}, and reading a file takes {1e3 * cost.read:.0f} ms of the {1e3 * cost.total:.0f} ms that a "
+            "loader process spends on one: a slow or remote disk; bring the files to a local one, or write the set "
+            "with the images inside; more data.workers read at the same time",
+        )
+    if cost.read > 0.5 * cost.total and keeps:
         return Verdict(
             "disk",
             f"{waits}, and reading a file takes {1e3 * cost.read:.0f} ms of the {1e3 * cost.total:.0f} ms that a "
@@ -61,7 +86,7 @@ def judge(feed: Feed) -> Verdict:
             "or data.cache=ram, reads each file once, and more data.workers read at the same time",
             {"data.cache": "ram"},
         )
-    if cost.decode > 0.5 * cost.total and cost.excess > 4 and not feed.cached:
+    if cost.decode > 0.5 * cost.total and cost.excess > 4 and keeps:
         return Verdict(
             "decoding",
             f"{waits}, and decoding takes {1e3 * cost.decode:.0f} ms an image: the files have {cost.excess:.0f} times "
@@ -78,21 +103,24 @@ def judge(feed: Feed) -> Verdict:
             {"data.workers": better},
         )
     if feed.workers >= needed:
-        return Verdict(
-            "workers",
+        ready = max(4, 2 * feed.prefetch)
+        text = (
             f"{waits}, though data.workers {feed.workers} would be enough for what an image takes on average "
             f"({1e3 * cost.total:.0f} ms): the loader is held up between images (other programs on these cores, a "
-            "source that answers in fits), or a few images take far longer than the others; data.prefetch=4 rides "
-            "over it",
-            {"data.prefetch": 4},
+            "source that answers in fits), or a few images take far longer than the others; "
         )
+        if ready > _MOST_READY:
+            return Verdict("workers", f"{text}{feed.prefetch} micro-batches ready in each do not bridge it: look there")
+        return Verdict("workers", f"{text}data.prefetch={ready} rides over it", {"data.prefetch": ready})
     biggest = "decoding" if cost.decode > cost.pixels else "pixels"
     remedy = "data.cache=disk saves the decoding"
-    if feed.cached:
+    if not keeps:
         remedy = "smaller data.augment.scales need fewer pixels"
+    if feed.streamed and biggest == "decoding":
+        remedy = "data.hub.streaming=false lets data.cache=disk save the decoding; or smaller files"
     return Verdict(
         biggest,
         f"{waits}, {feed.workers} loader processes on {feed.cores} cores are all there can be, and {biggest} takes "
         f"most of their time; {remedy}",
-        {} if feed.cached else {"data.cache": "disk"},
+        {"data.cache": "disk"} if keeps else {},
     )

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from detr_accel.monitor import memory, rows
+from detr_accel.monitor import memory, rows, timing
 from detr_accel.monitor.console import Console
 from detr_accel.monitor.jsonl import JsonLines, read
 from detr_accel.monitor.timing import Eta, Meter
@@ -99,6 +100,17 @@ class Sinks:
         self.console.log(stats, speed, speed.get("seconds_left"))
         if self.wandb is not None and self._sent.is_new("train", stats.window):
             self._tell_wandb(lambda wandb: wandb.log(rows.axes(**place) | row | machine))
+
+    def last(self, stats: StepStats, sections: dict[str, float]) -> None:
+        """At the run's end: where the time since the last row went, such as into the last evaluation.
+
+        Args:
+            stats: of the last window, which has been ``tick``ed.
+            sections: seconds after it.
+        """
+        place = {"window": stats.window, "step": stats.step, "epoch": stats.epoch}
+        row = timing.shares(Counter(self.meter.sections) + Counter(sections))
+        self._write(self.speed, place | {"time": _now()} | {f"speed/{k}": v for k, v in row.items()})
 
     def evaluation(
         self,
@@ -228,6 +240,8 @@ class Silent:
     def tick(self, stats: StepStats) -> None: ...
 
     def log(self, stats: StepStats) -> None: ...
+
+    def last(self, stats: StepStats, sections: dict[str, float]) -> None: ...
 
     def evaluation(self, metrics: Any, **where: Any) -> None: ...
 

@@ -113,14 +113,20 @@ class Meter:
             "images_per_second": self.images / seconds,
             "padding": self.padding / windows,
         }
-        whole = max(sum(self.sections.values()), 1e-9)
-        row |= {f"share_{name}": spent / whole for name, spent in self.sections.items()}
+        row |= shares(self.sections)
         if self.loader.images:
             cost = self.loader.per_image()
             row |= {f"{name}_ms": 1e3 * getattr(cost, name) for name in ("read", "decode", "pixels")}
+            row |= {"stream_ms": 1e3 * cost.stream} if cost.stream else {}
             row["loader_busy"] = cost.total * self.loader.images / max(self.worker_seconds, 1e-9)
         self.__init__()
         return row
+
+
+def shares(sections: dict[str, float]) -> dict[str, float]:
+    """``share_...``: each section's part of their sum."""
+    whole = max(sum(sections.values()), 1e-9)
+    return {f"share_{name}": spent / whole for name, spent in sections.items()}
 
 
 def words(seconds: float) -> str:

@@ -7,6 +7,7 @@ on a GPU waits for the device at each turn and so slows the training that is mea
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import islice
 
@@ -56,13 +57,16 @@ class Findings:
             f"in each of {self.workers} loader processes, ms per image: read {1e3 * i.read:.1f}, decode "
             f"{1e3 * i.decode:.1f}, pixels {1e3 * i.pixels:.1f}",
         ]
+        rows += [f"waiting for the stream, ms per image: {1e3 * i.stream:.1f}"] if i.stream else []
         rows += [self.said] if self.said else []
         return "\n".join([*rows, f"verdict: {self.verdict.text}"])
 
 
-def look(recipe: Recipe, seconds: float = 60.0) -> Findings:
-    """Train for about so long, without keeping anything.
+def look(recipe: Recipe, seconds: float = 60.0, say: Callable[[str], None] = lambda line: None) -> Findings:
+    """Train for about so long, without keeping anything but the recipe's cache.
 
+    Args:
+        say: gets a line before what takes long, or much room.
     Raises:
         UserError: as a training would; or it is started on several processes.
     """
@@ -70,20 +74,26 @@ def look(recipe: Recipe, seconds: float = 60.0) -> Findings:
     if accelerator.num_processes > 1:
         raise UserError("doctor looks at one process: start it without accelerate launch, or with --num_processes 1")
     parts.seed_everything(recipe.seed, recipe.deterministic)
-    splits = data.with_cache(recipe, data.build(recipe))
+    splits = data.build(recipe)
+    if gib := data.cache_room(recipe, splits):
+        stays = "given back at the end" if recipe.data.cache == "ram" else "which stays there for the training"
+        where = data.cache_place(recipe)
+        say(f"cache: {gib:.2f} GiB (data.cache={recipe.data.cache}) are first built in {where}, {stays}")
+    splits = data.with_cache(recipe, splits)
     built = parts.build(recipe, accelerator, splits, resume=False)
     state = State(micro=recipe.batch.micro if recipe.batch.micro != "auto" else None)
     if state.micro is None:
         state.micro, state.checkpointed, _ = memory_fit.fit(built, "auto", recipe.model.activation_checkpointing)
     parts.prepare(built)
+    parts.agree_on_room(built)
     spent, windows, images, loader, said = _train(built, state, seconds)
     cost = loader.per_image()
     spent["evaluation"] = _evaluation(built, seconds / 4) * _evaluations(recipe) / built.length.per_epoch
     ordered = {name: spent.get(name, 0.0) for name in SECTIONS}
-    cores = max(1, int(data.workers.room().cores))
-    verdict = judge(recipe, ordered, cost, built.workers, cores, images / windows)
+    verdict = judge(recipe, ordered, cost, built.loading, max(1, int(built.room.cores)), images / windows)
+    verdict = _within_queues(built, state.micro, verdict)
     return Findings(
-        ordered, cost, built.workers, windows, images / windows / sum(ordered.values()),
+        ordered, cost, built.loading.workers, windows, images / windows / sum(ordered.values()),
         memory.peak_gib(accelerator.device), verdict, said,
     )  # fmt: skip
 
@@ -137,7 +147,8 @@ def _evaluation(built: Parts, seconds: float) -> float:
     """Seconds of a whole evaluation, from as many of its batches as fit into so long; scoring is not in it."""
     recipe, device, model = built.recipe, built.accelerator.device, built.evaluated
     batches = data.eval_batches(
-        recipe, built.splits.val, rank=0, num_ranks=1, mean=model.mean, std=model.std, keep_faults=True
+        recipe, built.splits.val, rank=0, num_ranks=1, mean=model.mean, std=model.std, keep_faults=True,
+        loading=built.loading, room=built.room,
     )
     model.eval()
     begun, images = time.perf_counter(), 0
@@ -156,7 +167,7 @@ def _evaluation(built: Parts, seconds: float) -> float:
 
 
 def judge(
-    recipe: Recipe, seconds: dict[str, float], cost: ImageCost, workers: int, cores: int, images: float
+    recipe: Recipe, seconds: dict[str, float], cost: ImageCost, loading: data.Loading, cores: int, images: float
 ) -> Verdict:
     """What takes the most time that a change of the recipe could save.
 
@@ -187,9 +198,33 @@ def judge(
             f"({recipe.evaluate.batch})",
             {"evaluate.every_epochs": every},
         )
-    kept = recipe.data.cache != "none" or recipe.data.hub.streaming  # of which nothing can be kept
-    busy = whole - seconds["wait"]
-    return feeding.judge(Feed(shares["wait"], cost, busy, images, workers, cores, kept))
+    kept, busy, streamed = recipe.data.cache != "none", whole - seconds["wait"], recipe.data.hub.streaming
+    feed = Feed(shares["wait"], cost, busy, images, loading.workers, cores, kept, loading.prefetch, streamed)
+    return feeding.judge(feed)
+
+
+def _within_queues(built: Parts, micro: int, verdict: Verdict) -> Verdict:
+    """The verdict; where data.queue_gib would cut its change back to the loader that there is, with room for it."""
+    if not verdict.changes.keys() & {"data.workers", "data.prefetch"}:
+        return verdict
+    recipe, source, device = built.recipe, built.splits.train, built.accelerator.device
+    workers = verdict.changes.get("data.workers", built.loading.workers)
+    prefetch = verdict.changes.get("data.prefetch", recipe.data.prefetch)
+
+    def loader(room: data.Room) -> data.Loading:
+        changed = recipe.model_copy(update={"data": recipe.data.model_copy(update={"prefetch": prefetch})})
+        return data.loading(changed, source, micro=micro, num_ranks=1, device=device, count=workers, room=room)[0]
+
+    if loader(built.room) != built.loading:
+        return verdict
+    each = prefetch if prefetch != "auto" else max(2, built.loading.prefetch)
+    needed = workers * each * data.task_bytes(recipe, source, micro, device) / data.workers.GIB
+    gib = float(np.ceil(100 * needed) / 100)
+    held = f"{verdict.text}; that puts more into the queues than"
+    if gib <= recipe.data.queue_gib or loader(data.workers.room(queue_gib=gib)) == built.loading:
+        return Verdict(verdict.name, f"{held} memory or /dev/shm leave: free some, or lower batch.micro ({micro})")
+    text = f"{held} data.queue_gib {recipe.data.queue_gib:g} allows: data.queue_gib={gib:g} as well"
+    return Verdict(verdict.name, text, verdict.changes | {"data.queue_gib": gib})
 
 
 def _computing(recipe: Recipe, shares: dict[str, float]) -> Verdict:

@@ -45,7 +45,7 @@ class Captures:
 
         Args:
             state: of the run; its weights are those that the window met.
-            micro_batches: this process's, as they reached the model.
+            micro_batches: this process's, as they were loaded; they are kept as they reached the model.
         Returns:
             the folder, None where nothing was kept; the same on every process.
         """
@@ -59,8 +59,9 @@ class Captures:
         suspects = self._suspects(result, micro_batches)
         try:
             rows = _write_batches(
-                temporary, accelerator.process_index, accelerator.device, suspects, room / accelerator.num_processes
-            )
+                temporary, accelerator.process_index, accelerator.device, suspects, room / accelerator.num_processes,
+                result.canvas_px,
+            )  # fmt: skip
         except (OSError, SafetensorError):
             rows = []
         rows = [self._named(row) for row in rows]
@@ -126,13 +127,16 @@ def names_of(source: data.Source, image_ids: Sequence[int]) -> dict[int, str]:
 
 
 def _write_batches(
-    folder: Path, rank: int, device: torch.device, batches: list[Batch], room: float
+    folder: Path, rank: int, device: torch.device, batches: list[Batch], room: float,
+    canvas_px: tuple[int, int] | None = None,
 ) -> list[dict[str, Any]]:
     """Each micro-batch to a file of its own, as long as there is room; the rows that describe them."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for number, batch in enumerate(batches):
         batch = batch.to(device)  # a planned one has no pixels before
+        if canvas_px is not None:
+            batch = batch.padded(canvas_px)
         size = batch.images.numel() * batch.images.element_size() + batch.mask.numel()
         row = {
             "file": f"rank{rank}-{number:03d}.safetensors" if size <= room else None, "rank": rank,

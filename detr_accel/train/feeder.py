@@ -19,7 +19,8 @@ class Feeder:
     what its making took) settles how many there should be, and the loader is opened anew at the window in hand. A
     window is a function of its number alone, so nothing else changes; a run that is resumed measures again.
 
-    Made on every process alike, and ``seen`` after every window on every process: all agree on the numbers.
+    Made on every process alike, once they agreed on their room, and ``seen`` after every window on every process: all
+    agree on the numbers.
 
     Args:
         start, micro: the first window, and images of a micro-batch.
@@ -31,7 +32,6 @@ class Feeder:
         self.built, self.micro, self.window = built, micro, start
         self.skipped, self.measured = skipped, measured
         recipe = built.recipe
-        self.room = data.workers.room(gather_object([data.workers.machine()]), recipe.data.queue_gib)
         self.by, note = self._settle(None)
         self.said = [note] if note else []
         self.settled = recipe.data.workers != "auto" or self.by.workers == 0
@@ -76,7 +76,7 @@ class Feeder:
     def _choose(self, rows: list) -> str:
         """From what every process saw: the one that needs most decides for all."""
         on_gpu = self.built.accelerator.device.type == "cuda"
-        most = data.workers.most(self.room, on_gpu)
+        most = data.workers.most(self.built.room, on_gpu)
         cost, images, seconds = max(rows, key=lambda row: needed_workers(*row))
         needed = needed_workers(cost, images, seconds)
         before, (self.by, note) = self.by, self._settle(min(needed, most))
@@ -84,7 +84,7 @@ class Feeder:
             self._stream.close()
             self._stream = self._open()
         sum_ = f"{MARGIN:g} x {images:.3g} images x {1e3 * cost.total:.1f} ms / {1e3 * seconds:.0f} ms of a window"
-        bound = f", and {self.room.cores:.3g} cores and the memory leave room for {most}" if needed > most else ""
+        bound = f", and {self.built.room.cores:.3g} cores and the memory leave room for {most}" if needed > most else ""
         text = f"loader: data.workers auto is {self.by.workers}, each with {self.by.prefetch} micro-batches ready"
         text += f": {sum_} = {needed} needed{bound}"
         return f"{text}\n{note}" if note else text
@@ -93,9 +93,9 @@ class Feeder:
         built = self.built
         by, note = data.loading(
             built.recipe, built.splits.train, micro=self.micro, num_ranks=built.accelerator.num_processes,
-            device=built.accelerator.device, count=count, room=self.room,
+            device=built.accelerator.device, count=count, room=built.room,
         )  # fmt: skip
-        built.workers = by.workers
+        built.loading = by
         return by, note
 
     def _open(self):

@@ -135,6 +135,7 @@ def _fit(built: Parts, state: State) -> list[str]:
 
 def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal) -> bool:
     recipe = built.recipe
+    parts.agree_on_room(built)
     turn = _Turn(built, run, state, sinks, stop)
     if not turn.begin():
         return turn.over
@@ -147,6 +148,7 @@ def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal
         begun = time.perf_counter()
         sinks.phases.watch((state.window + 1) % recipe.log.every == 0 or state.window + 1 == built.length.total)
         loader = LoaderTime.of(micro_batches)
+        turn.canvas_px = data.largest_canvas(micro_batches)
         micro_batches, lost = data.without_lost(micro_batches)
         built.optimizer.zero_grad(set_to_none=True)
         micro_batches, result = turn.run(micro_batches, failure)
@@ -170,7 +172,10 @@ def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal
         if state.window % recipe.log.every == 0 or state.window == built.length.total or not result.finite:
             sinks.log(stats)
         turn.say_odd()
-        if not turn.after(result):
+        goes_on = turn.after(result)
+        if not goes_on or state.window == built.length.total:
+            sinks.last(stats, clock.take())
+        if not goes_on:
             return turn.over
         told = windows.seen(loader, stats.seconds - stats.wait_seconds)
         if told is not None:
@@ -185,10 +190,11 @@ class _Turn:
         self.built, self.state, self.sinks, self.stop = built, state, sinks, stop
         self.validate = validation.Validation(built, sinks)
         self.save = Saver(built, run, sinks)
+        self.canvas_px = (0, 0)  # of this process's part of the window in hand
         self.commit = Commit(built, run, sinks, Captures(built, run.path / "captures"))
         self.alarms = monitor.build_alarms(
             built.recipe, state.alarms, len(built.splits.train), built.accelerator.device,
-            cores=max(1, int(data.workers.room().cores)),
+            cores=max(1, int(built.room.cores)),
         )
         self.account = LostImages(built, state, sinks)
         self.over = False  # early stopping ended the run
@@ -217,7 +223,8 @@ class _Turn:
         all_share = data.all_share(built.splits.train, planned, built.accelerator.num_processes)
         while True:
             requests = Requests(
-                self.stop.requested, self.save.due_by_clock(), self.commit.broken, failure, lambda: self.stop.overdue
+                self.stop.requested, self.save.due_by_clock(), self.commit.broken, failure, lambda: self.stop.overdue,
+                self.canvas_px,
             )
             micro_batches = memory_fit.recut(micro_batches, state.micro)
             result = built.runner.run(micro_batches, all_share=all_share, planned=planned, requests=requests)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 
 from detr_accel import data, models
@@ -54,7 +55,8 @@ class Parts:
     factor: Callable[[int], float]  # of the learning rate, by step
     health: Health
     loaded: list[str]  # what to say about the weights
-    workers: int | None = None  # loader processes, once they are settled
+    loading: data.Loading | None = None  # loader processes and their queues, once they are settled
+    room: data.workers.Room | None = None  # for them; what all processes agreed on
     head_loaded: float = 0.0  # share of the class head's rows that model.init_from brought
 
     @property
@@ -118,6 +120,12 @@ def prepare(parts: Parts) -> None:
     parts.prepared = accelerator.prepare_optimizer(parts.optimizer)
     if accelerator.scaler is not None:  # it makes its scale on first use, and a process may have no image in a window
         accelerator.scaler.scale(torch.zeros(1, device=accelerator.device))
+
+
+def agree_on_room(parts: Parts) -> None:
+    """What the loader of each process may use; every process takes part, as some may be pinned to few cores."""
+    machines = gather_object([data.workers.machine()])
+    parts.room = data.workers.room(machines, parts.recipe.data.queue_gib)
 
 
 def measure(recipe: Recipe, num_images: int) -> Length:

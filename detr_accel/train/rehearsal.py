@@ -350,7 +350,8 @@ class _Rehearsal:
     def _disk(self, run: Path) -> None:
         """Checkpoints and captures as the trial reckoned them, and what the short run's files will have grown to."""
         with self._stage("disk") as row:
-            numbers, w = self.rows["numbers"], jsonl.read(run / "speed.jsonl")
+            numbers = self.rows["numbers"]
+            w = [row for row in jsonl.read(run / "speed.jsonl") if "speed/seconds" in row]
             windows = max(1, len(w))
             logged = numbers["total"] / self.recipe.log.every
             logs = logged / windows * sum((run / f).stat().st_size for f in ("metrics.jsonl", "speed.jsonl"))

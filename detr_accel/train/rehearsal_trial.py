@@ -246,6 +246,7 @@ def _windows(built: Parts, state: State, seconds: float) -> dict[str, Any]:
     recipe, accelerator = built.recipe, built.accelerator
     state = copy.deepcopy(state)
     commit = Commit(built, RunFolder(Path()), Silent(), Captures(built, Path()))
+    parts.agree_on_room(built)
     stream = Feeder(built, 0, state.micro, skipped=1, measured=4)
     times: list[float] = []
     told = ""
@@ -254,6 +255,8 @@ def _windows(built: Parts, state: State, seconds: float) -> dict[str, Any]:
         for micro_batches in stream:
             window_begun = time.perf_counter()
             over = len(times) >= 2 and time.perf_counter() - begun > seconds
+            spent = LoaderTime.of(micro_batches)
+            micro_batches, _ = data.without_lost(micro_batches)
             requests = Requests(stop=over and accelerator.is_main_process)
             all_share = recipe.batch.size >= accelerator.num_processes and len(micro_batches) > 0
             result = built.runner.run(micro_batches, all_share=all_share, requests=requests)
@@ -265,7 +268,6 @@ def _windows(built: Parts, state: State, seconds: float) -> dict[str, Any]:
             commit(state, result, micro_batches)
             now = time.perf_counter()
             times, last = [*times, now - last], now
-            spent = sum((b.spent for b in micro_batches if b.spent is not None), LoaderTime())
             if not result.stop_requested:
                 told = stream.seen(spent, now - window_begun) or told
             if result.stop_requested or len(times) >= 40:

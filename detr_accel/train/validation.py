@@ -121,7 +121,7 @@ class Validation:
         accelerator, model = self.accelerator, self.model
         return data.eval_batches(
             self.recipe, source, rank=accelerator.process_index, num_ranks=accelerator.num_processes, mean=model.mean,
-            std=model.std, count=self.parts.workers, **keep,
+            std=model.std, loading=self.parts.loading, room=self.parts.room, **keep,
         )  # fmt: skip
 
     def _metrics(self, model: nn.Module, stop: StopSignal) -> tuple[evaluate.Metrics, dict[str, float]] | None:

@@ -46,6 +46,7 @@ class WindowResult:
     facts: dict[str, float] = field(default_factory=dict)  # of the targets: see FACTS; and the share of padding
     statistics_finite: bool = True  # the running statistics that forward wrote
     bad_images: list[int] = field(default_factory=list)  # image ids whose matching cost was not finite
+    canvas_px: tuple[int, int] | None = None  # (h, w) that every micro-batch was padded to; None: each has its own
     totals: list[Tensor] = field(default_factory=list)  # this process's alone: each micro-batch's loss, unread
     stop_requested: bool = False  # of any process
     save_requested: bool = False
@@ -79,6 +80,7 @@ class Requests:
     broken: bool = False  # its last optimizer step ran out of memory half-way
     failure: str | None = None  # loading its images failed, in words
     overdue: Callable[[], bool] = lambda: False  # asked between micro-batches: the window can wait no longer
+    canvas_px: tuple[int, int] = (0, 0)  # (h, w) planned for its part of the window, images that are lost included
 
 
 class WindowRunner:
@@ -142,7 +144,7 @@ class WindowRunner:
         self.criterion.train()
         self.model.train()
         self.forward_state.remember()
-        canvas_px, most_boxes = self._largest(micro_batches)
+        canvas_px, most_boxes = self._largest(micro_batches, requests.canvas_px)
         total, failure = self._count(micro_batches, requests.failure, canvas_px)
         if self.overlap and (failure or requests.broken):  # the others enter backward's reductions and cannot be told
             raise Lonely(failure or "memory ran out inside the optimizer's step; go on with --resume")
@@ -166,7 +168,7 @@ class WindowRunner:
             self.accelerator.unscale_gradients()
         images = sum(len(b) for b in micro_batches)
         self.forward_state.combine(images, total[2], self.accelerator.num_processes, self.accelerator.device)
-        result.totals, result.most_boxes = share.totals, share.most_boxes
+        result.totals, result.most_boxes, result.canvas_px = share.totals, share.most_boxes, canvas_px
         return self._read(share, total, result)
 
     def _time_matching(self) -> None:
@@ -186,15 +188,19 @@ class WindowRunner:
             for p in rows:
                 p.grad = None
 
-    def _largest(self, micro_batches: Sequence[Batch]) -> tuple[tuple[int, int] | None, int]:
+    def _largest(
+        self, micro_batches: Sequence[Batch], planned_px: tuple[int, int]
+    ) -> tuple[tuple[int, int] | None, int]:  # fmt: skip
         """What all processes must have alike: a reduction and a device read more where there are several, before there
         is anything to wait for.
 
+        Args:
+            planned_px: the canvas of this process's images, also where all of them are lost.
         Returns:
             The (h, w) to pad to where processes may bring different ones, None: it is the window's already; and, where
             there are denoising queries, the most boxes of an image, which they all have their size from, else 0.
         """
-        sides = [max((b.canvas_px[i] for b in micro_batches), default=0) for i in range(2)]
+        sides = [max([planned_px[i], *(b.canvas_px[i] for b in micro_batches)]) for i in range(2)]
         most = max((len(t.labels) for b in micro_batches for t in b.targets), default=0)
         denoised = self.criterion.noise is not None
         if self.own_canvas or (denoised and self.accelerator.num_processes > 1):

@@ -199,6 +199,104 @@ def test_memory_is_given_back_when_the_process_ends(folder, tmp_path):
     assert len(mine) == 2 and not any((cache.RAM / f"{k}.pixels").exists() for k in mine)
 
 
+@pytest.fixture
+def runs(folder, tmp_path, monkeypatch):
+    """Starts a run that has a cache in memory and lives until it is told to end; gets the size of its images."""
+    monkeypatch.setattr(cache, "RAM", tmp_path / "ram")
+    fork, started = multiprocessing.get_context("fork"), []
+
+    def use(size: int, delay: float, out, end) -> None:
+        plain = cache._Images.__getitem__
+        cache._Images.__getitem__ = lambda self, index: (time.sleep(delay), plain(self, index))[1]
+        augment = SMALL["augment"] | {"scales": [size]}
+        splits = build(recipe_for(tmp_path / "c", "ram", folder, **SMALL | {"augment": augment, "workers": 0}))
+        out.put(splits.found[-2])
+        end.wait(60)
+        cache.atexit._run_exitfuncs()
+
+    def start(size: int, delay: float = 0.0, wait: bool = True):
+        out, end = fork.Queue(), fork.Event()
+        started.append(fork.Process(target=use, args=(size, delay, out, end)))
+        started[-1].start()
+        return started[-1], out.get(timeout=60) if wait else "", end
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def kept() -> int:
+    return len(list(cache.RAM.glob("*.pixels")))
+
+
+def test_what_a_killed_run_left_in_memory_is_removed_and_nothing_that_is_used(runs):
+    killed, _, _ = runs(60)
+    living, _, _ = runs(80)
+    assert kept() == 3, "both validate on the same images"
+    killed.kill()
+    killed.join()
+    assert cache.sweep() > 0 and kept() == 2 and cache.sweep() == 0
+    living.kill()
+    living.join()
+    cache.sweep()
+    assert list(cache.RAM.iterdir()) == []
+
+
+def test_the_last_of_two_runs_that_share_a_cache_removes_it(runs):
+    (one, first, end_one), (two, second, end_two) = runs(60), runs(60)
+    assert "built" in first and "found" in second
+    end_one.set()
+    one.join(30)
+    assert kept() == 2
+    end_two.set()
+    two.join(30)
+    assert list(cache.RAM.iterdir()) == []
+
+
+def test_a_run_goes_on_with_the_cache_that_it_was_killed_with(runs):
+    killed, _, _ = runs(60)
+    killed.kill()
+    killed.join()
+    assert "found" in runs(60)[1]
+
+
+def test_what_is_being_built_is_left_alone_until_its_builder_is_gone(runs):
+    builder, _, _ = runs(60, delay=0.3, wait=False)
+    deadline = time.monotonic() + 30
+    while not list(cache.RAM.glob("*.tmp")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert cache.sweep() == 0 and list(cache.RAM.glob("*.tmp"))
+    builder.kill()
+    builder.join()
+    cache.sweep()
+    assert list(cache.RAM.iterdir()) == []
+
+
+def test_who_waited_for_a_lock_that_was_removed_takes_the_new_one(tmp_path):
+    """Else two would build at once, one of them under a lock that nobody can find."""
+    path, fork = tmp_path / "key", multiprocessing.get_context("fork")
+    waits, inside, told = fork.Event(), fork.Event(), fork.Queue()
+
+    def wait() -> None:
+        waits.set()
+        with cache._locked(path):
+            told.put(path.with_suffix(".lock").exists())
+            inside.wait(30)
+
+    with cache._locked(path):
+        process = fork.Process(target=wait)
+        process.start()
+        assert waits.wait(30)
+        time.sleep(0.3)  # it has opened the file by now, and waits for the lock
+        cache._remove(path)
+    assert told.get(timeout=30)
+    with cache._locked(path, wait=False) as mine:
+        assert not mine
+    inside.set()
+    process.join()
+
+
 def test_no_room_is_one_sentence(folder, tmp_path, monkeypatch):
     nearly_full = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: nearly_full)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from detr_accel import data
 from detr_accel import recipe as recipes
@@ -88,10 +89,10 @@ def test_small_boxes_get_larger_images_within_what_detr_knows():
 @pytest.mark.parametrize(
     "changes, chosen, why",
     [
-        ({"num_images": 20_000}, "detr", "no small objects"),
-        ({"num_images": 20_000, "small_px": 30.0}, "rtdetr", "a tenth of the boxes are below 30 px"),
+        ({"num_images": 20_000}, "detr", "nothing small"),
+        ({"num_images": 20_000, "small_px": 30.0}, "rtdetr", "boxes below 30 px"),
         ({"num_images": 20_000, "small_px": 60.0, "short_px": 2000}, "rtdetr", "below 60 px"),
-        ({"num_images": 20_000, "fullest": 120}, "rtdetr", "120 objects: it has 300 queries"),
+        ({"num_images": 20_000, "fullest": 120}, "rtdetr", "your fullest image has 120 objects"),
         ({}, "rtdetr", "of 300 images it learns"),
     ],
 )
@@ -107,7 +108,8 @@ def test_the_data_choose_the_detector_and_say_why(changes, chosen, why):
 def test_a_first_recipe_of_rtdetr_is_the_model_of_its_weights():
     ours = written("rtdetr")[0]
     shipped = recipes.load(recipes.folder() / "rtdetr_finetune.yaml", ["data.root=/data"])
-    assert ours.model == shipped.model and ours.optim.no_decay == shipped.optim.no_decay
+    assert ours.model == shipped.model.model_copy(update={"activation_checkpointing": []})
+    assert ours.optim.no_decay == shipped.optim.no_decay
     assert ours.data.eval_size == 640 and set(ours.data.augment.scales) <= set(shipped.data.augment.scales)
     assert written("rtdetr", small_px=16, short_px=1080)[0].data.eval_size == 800
 
@@ -122,6 +124,46 @@ def test_length_and_patience_follow_the_number_of_images():
     few, many = written(num_images=100)[0], written(num_images=60_000)[0]
     assert few.schedule.epochs == 200 and few.batch.size == 8
     assert many.schedule.epochs == 12 and many.batch.size == 16 and many.optim.lr == 1e-4
+
+
+KEYS = {  # each has a line with a reason from the data; what is not among them is a default
+    "name", "data.root", "data.format", "data.eval_size", "data.eval_max_size", "data.augment.scales",
+    "data.augment.max_size", "data.augment.flip", "model.init_from", "model.num_queries", "batch.size", "batch.micro",
+    "optim.lr", "optim.lr_backbone", "schedule.epochs", "schedule.drop_at", "schedule.warmup_steps", "ema.enabled",
+    "ema.decay", "ema.warmup_steps", "model.name", "data.square", "data.augment.scale_by", "data.augment.scales_stop",
+    "data.augment.crop", "data.augment.photometric.probability", "data.augment.iou_crop.probability",
+    "model.backbone.name", "model.backbone.pixels", "model.rtdetr.encoder_dim", "model.rtdetr.encoder_feedforward",
+    "optim.no_decay", "schedule.kind", "evaluate.max_detections", "early_stop.patience", "early_stop.metric",
+}  # fmt: skip
+NAMED = ("data:", "eval_size", "augment:", "name:", "init_from", "num_queries", "batch:", "optim:", "schedule:")
+
+
+def keys_of(tree: dict, start: str = "") -> set[str]:
+    return set().union(*(keys_of(v, f"{start}{k}.") if isinstance(v, dict) else {start + k} for k, v in tree.items()))
+
+
+@pytest.mark.parametrize("sided", [(), ("turn left",), ("the left hand of an old man in the rain",)])
+@pytest.mark.parametrize("num_images, num_val", [(5, 1), (300, 70), (12_345, 1_234), (1_234_567, 123_456)])
+@pytest.mark.parametrize("detector, most", [("detr", 19), ("rtdetr", 23)])
+def test_a_recipe_is_fifteen_to_twenty_lines_with_reasons(num_images, num_val, sided, detector, most):
+    for fullest in (1, 30, 143, 12_345):
+        for short, small, long in ((4032, 900.0, 1.0), (480, 60.0, 1.33), (480, 3.0, 2.7), (90, 30.0, 11.52)):
+            found = replace(
+                PLAIN, num_images=num_images, num_val=num_val, fullest=fullest, sided=sided, short_px=short,
+                small_px=small, long_to_short=long,
+            )  # fmt: skip
+            for format_ in ("coco", "hub"):
+                text = write(found, "mine", "/data/mine", format_, detector)
+                recipes.loads(text)
+                lines = [line for line in text.splitlines() if not line.startswith("#")]
+                assert len(lines) <= most and max(map(len, text.splitlines())) <= 120, text
+                assert keys_of(yaml.safe_load(text)) <= KEYS
+                reasons = [line for line in lines if "#" in line]
+                assert len({line.index("#") for line in reasons}) == 1, "aligned"
+                for key in NAMED:
+                    assert any(line.strip().startswith(key) for line in reasons), key
+                bare = {line.split(":")[0].strip() for line in lines if "#" not in line}
+                assert bare == {"name", "root", "model"}
 
 
 @pytest.mark.parametrize("root", ["/a b/c", 'C:\\data\\"x"', "/ü/日本", "~/x"])

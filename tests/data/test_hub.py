@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import time
 from pathlib import Path
 
 import datasets
@@ -14,7 +15,7 @@ from shared import load_module
 
 from detr_accel import cli, data
 from detr_accel import recipe as recipes
-from detr_accel.structures import UserError
+from detr_accel.structures import LoaderTime, UserError
 
 hub_sets = load_module(Path(__file__).with_name("hub_sets.py"))
 
@@ -349,6 +350,20 @@ def test_a_cache_of_the_set_gives_the_same_and_notices_a_change(tmp_path, coco, 
     os.utime(changed, ns=(1, 1))
     assert splits.train.stamp() != stamp
     assert splits.train.encoded(0) == (encoded or Path(name).read_bytes())
+
+
+def test_fetching_a_row_counts_as_reading(tmp_path, coco, recipe_for, monkeypatch):
+    """The Arrow file may lie on a slow disk as well as any other."""
+    recipe = recipe_for(hub_sets.parquet(coco, tmp_path / "set"), format="hub")
+    train, plain = data.build(recipe).train, datasets.Dataset.__getitem__
+
+    def slow(self, key):
+        time.sleep(0.02)
+        return plain(self, key)
+
+    monkeypatch.setattr(datasets.Dataset, "__getitem__", slow)
+    spent = sum((b.spent for window in windows_of(recipe, train) for b in window), LoaderTime())
+    assert 0.02 <= spent.read / spent.images < 0.04 and spent.decode / spent.images < 0.02
 
 
 def test_a_source_crosses_to_a_worker_and_back(tmp_path, coco, recipe_for):

@@ -140,3 +140,107 @@ def test_a_lone_file_is_started_and_checked(tmp_path, coco, capsys):
     capsys.readouterr()
     assert cli.main(["check-data", str(path), "--json", "--workers", "1"]) in (0, 1)
     assert json.loads(capsys.readouterr().out)["splits"]["train"]["images"] == 11
+
+
+@pytest.mark.parametrize("how", ["whole", "streamed", "checked", "evaluated", "lone"])
+def test_the_hub_is_asked_once_what_a_set_has(tmp_path, coco, recipe_for, monkeypatch, how):
+    """A question is a round trip over the network, or several."""
+    plain, asked = datasets.load_dataset_builder, []
+
+    def counted(*given, **more):
+        asked.append(given)
+        return plain(*given, **more)
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", counted)
+    monkeypatch.setattr(datasets.load, "load_dataset_builder", counted)  # within the library
+    root = hub_sets.parquet(coco, tmp_path / "set")
+    streaming = how in ("streamed", "evaluated")
+    recipe = recipe_for(root, format="hub", hub={"streaming": streaming})
+    if how == "checked":
+        data.check(recipe)
+    elif how == "evaluated":
+        assert len(data.eval_source(recipe, split="val")) == 6
+    elif how == "lone":
+        data.build(recipe_for(root / "train-00000-of-00002.parquet", format="hub"))
+    else:
+        assert len(data.build(recipe).val) == 6
+    assert len(asked) == 1, asked
+
+
+CARD = """---
+configs:
+- config_name: small
+  data_files:
+  - {split: train, path: data/train-*}
+  - {split: validation, path: data/validation-*}
+- config_name: other
+  data_files: nothing/*.parquet
+dataset_info:
+- config_name: small
+  splits:
+  - {name: train, num_bytes: 1, num_examples: 11}
+  - {name: validation, num_bytes: 1, num_examples: 6}
+---
+"""
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_configuration_that_a_card_names_is_opened(tmp_path, coco, recipe_for, streaming):
+    (tmp_path / "set").mkdir()
+    hub_sets.parquet(coco, tmp_path / "set/data")
+    (tmp_path / "set/README.md").write_text(CARD)
+    recipe = recipe_for(tmp_path / "set", format="hub", hub={"streaming": streaming, "config": "small"})
+    splits = data.build(recipe)
+    assert (len(splits.train), len(splits.val), splits.val.num_targets()) == (11, 6, 6)
+    assert len(data.eval_source(recipe, split="val")) == 6
+
+
+def test_check_data_names_the_class_that_one_split_lacks_and_the_remedy(tmp_path, coco, capsys):
+    def found() -> dict:
+        cli.main(["check-data", str(tmp_path / "set"), "--json", "--workers", "1"])
+        rows = json.loads(capsys.readouterr().out)["findings"]
+        return {row["kind"]: row for row in rows if row["kind"] in ("category.names", "category.absent")}
+
+    hub_sets.write_rows(tmp_path / "set", rows_of(coco, "train", named("cat", "dog")), kinds(None))
+    hub_sets.write_rows(tmp_path / "set", rows_of(coco, "val", named("cat", "cat")), kinds(None), "validation")
+    (row,) = found().values()
+    assert row["split"] == "val" and not row["harm"] and row["training"] == "no figure tells of them"
+    assert row["examples"] == [
+        "dog: 3 in train, none here: move some of its images over from there, where there are more"
+    ]
+    hub_sets.write_rows(tmp_path / "set", rows_of(coco, "val", named("cat", "emu")), kinds(None), "validation")
+    rows = found()
+    assert rows["category.absent"]["count"] == 1
+    row = rows["category.names"]
+    assert row["harm"] and row["training"] == "training does not start"
+    assert row["examples"] == ["only here: emu: mend it, or list every class in data.hub.class_names"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("other", ["train-1", "validation"])
+def test_files_with_names_and_with_numbers_are_refused(tmp_path, coco, recipe_for, other, streaming):
+    hub_sets.write_rows(tmp_path / "set", rows_of(coco, "train", named("cat", "dog")), kinds(None), "train-0")
+    for name in ("train-1", "validation"):
+        category = datasets.Value("int64" if name == other else "string")
+        change = (lambda row: None) if name == other else named("cat", "dog")
+        features = hub_sets.IMAGES | {"objects": hub_sets.lists_of(category)}
+        hub_sets.write_rows(tmp_path / "set", rows_of(coco, "val", change), features, name)
+    recipe = recipe_for(tmp_path / "set", format="hub", hub={"streaming": streaming, "class_names": ["cat", "dog"]})
+    with pytest.raises(
+        UserError, match=f"{other}.parquet holds the categories as int64 and .*train-0.* as string: write"
+    ):
+        data.build(recipe)
+
+
+def test_files_whose_columns_cannot_be_one_are_refused_with_what_differs(tmp_path, coco, recipe_for):
+    hub_sets.write_rows(tmp_path / "set", rows_of(coco, "train"), kinds(), "train-0")
+    text = hub_sets.IMAGES | {"objects": datasets.Value("string")}
+    rows = rows_of(coco, "train", lambda row: row.update(objects="none"))
+    hub_sets.write_rows(tmp_path / "set", rows, text, "train-1")
+    hub_sets.write_rows(tmp_path / "set", rows_of(coco, "val"), kinds(), "validation")
+    told = "Couldn't cast .*string.*differ in the types of their columns: write them"
+    with pytest.raises(UserError, match=told):
+        data.build(recipe_for(tmp_path / "set", format="hub"))
+    train = data.build(recipe_for(tmp_path / "set", format="hub", hub={"streaming": True})).train
+    with pytest.raises(UserError, match=f"shard 1 cannot be read on: {told}"):
+        list(train.rows(1, 0, 1, 0))

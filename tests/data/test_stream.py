@@ -3,6 +3,7 @@
 import itertools
 import re
 import shutil
+import time
 from pathlib import Path
 
 import datasets
@@ -281,6 +282,25 @@ def test_the_doctor_takes_its_time_too(make):
     spent = [b.spent for w in itertools.islice(windows(recipe, splits.train), 3) for b in w]
     cost = sum(spent, LoaderTime()).per_image()
     assert cost.read < 1e-4 < cost.total and cost.pixels > 0
+
+
+def test_what_a_slow_stream_is_waited_for_travels_with_the_batches(make, monkeypatch):
+    """It is the training process that waits, whatever loader processes there are."""
+    recipe, splits = make(4)
+    plain = stream.StreamSource.rows
+
+    def slow(self, *args):
+        for row in plain(self, *args):
+            time.sleep(0.02)
+            yield row
+
+    monkeypatch.setattr(stream.StreamSource, "rows", slow)
+    for workers in (0, 1):
+        recipe.data.workers, begun = workers, time.perf_counter()
+        spent = [b.spent for w in windows(recipe, splits.train) for b in w]
+        cost, seconds = sum(spent, LoaderTime()).per_image(), time.perf_counter() - begun
+        assert 0.01 < cost.stream <= seconds / (2 * NUM) and cost.stream not in (cost.read, cost.total)
+        assert cost.total < 0.02, "of a loader process, which waits for nothing"
 
 
 def test_memory_is_planned_for_what_the_recipe_allows(make):

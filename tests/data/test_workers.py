@@ -1,13 +1,20 @@
 """How many loader processes there may be, and that their queues hold no more than they may."""
 
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from shared import load_module
 
 from detr_accel import data
 from detr_accel.data import augment, workers
 from detr_accel.data.geometry import Augmentation
 from detr_accel.data.workers import GIB, Loading, Machine, Room
 
+hub_sets = load_module(Path(__file__).with_name("hub_sets.py"))
 MIB = 2**20
 
 
@@ -52,7 +59,8 @@ def test_the_bytes_of_a_task_are_those_of_the_largest_that_comes(recipe_for):
 def test_decoded_images_count_as_they_come_out_of_the_decoder():
     policy = Augmentation(0.5, (100,), 200, 0.0, (100,), (50, 100))
     assert workers.decoded_bytes([(50, 100)], policy, None) == 3 * 50 * 100, "the file's size"
-    assert workers.decoded_bytes([(3000, 6000)], policy, None) == 3 * 4 * 100 * 200, "a decoder gives less than twice"
+    assert workers.decoded_bytes([(700, 1400)], policy, None) == 3 * 175 * 350, "a quarter, as an eighth is too small"
+    assert workers.decoded_bytes([(3000, 6000)], policy, None) == 3 * 188 * 375, "always less than twice the sides"
     mosaic = augment.Strong(100, mosaic=augment.Mosaic(0.5, 0.0, 1.0, (0.5, 1.0), 0.1))
     assert workers.decoded_bytes([(50, 100)], policy, mosaic) == 4 * 3 * 50 * 100
 
@@ -111,7 +119,60 @@ def test_auto_is_a_few_where_nothing_is_measured(recipe_for):
     assert by == Loading(2, 3) and note is None, "four micro-batches a window"
 
 
-def test_an_image_that_no_decoder_makes_smaller_is_counted_whole():
+def test_what_is_no_file_comes_whole():
     policy = Augmentation(0.5, (320,), 512, 0.0, (400,), (384, 600))
     assert workers.decoded_bytes([(3024, 4032)], policy, None, scaled=False) == 3 * 3024 * 4032
     assert workers.decoded_bytes([(3024, 4032)], policy, None) < 3 * 3024 * 4032 / 4
+
+
+FILES = {"photograph": ".jpg", "drawing": ".png", "turned": ".jpg"}
+
+
+@pytest.fixture
+def write(tmp_path, hub_coco):
+    """A COCO folder of twelve images, far larger than they are used, all of one of FILES."""
+
+    def folder(kind: str, size_px: tuple[int, int]) -> Path:
+        coco, (h, w) = hub_coco(12, 2), size_px
+        noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8))
+        exif, stored = Image.Exif(), (h, w) if kind == "turned" else (w, h)
+        exif[0x0112] = 6
+        more = {"exif": exif} if kind == "turned" else {}
+        for split in ("train", "val"):
+            file = coco / f"annotations/instances_{split}.json"
+            tree = json.loads(file.read_text())
+            for row in tree["images"]:
+                path = coco / split / Path(row["file_name"]).with_suffix(FILES[kind])
+                (coco / split / row["file_name"]).unlink()
+                noise.resize(stored, Image.Resampling.BICUBIC).save(path, **more)
+                row |= {"file_name": path.name, "height": h, "width": w}
+            file.write_text(json.dumps(tree))
+        return coco
+
+    return folder
+
+
+@pytest.mark.parametrize("where", ["folder", "hub", "stream"])
+@pytest.mark.parametrize(
+    ("kind", "size_px"),
+    [("photograph", (300, 400)), ("photograph", (190, 110)), ("drawing", (300, 400)), ("turned", (300, 400))],
+)
+def test_no_micro_batch_waits_that_is_larger_than_was_counted(write, recipe_for, tmp_path, kind, size_px, where):
+    """And not much more is counted than comes, so that enough is kept ready. Of a stream, that nobody has seen yet,
+    what any image could bring is counted."""
+    coco = write(kind, size_px)
+    root, hub = coco, {}
+    if where != "folder":
+        root = hub_sets.parquet(coco, tmp_path / "set")
+        hub = {"format": "hub", "hub": {"streaming": where == "stream"}}
+    for crop in (0.0, 0.5):
+        recipe = recipe_for(root, pixels="device", **hub)
+        recipe.data.augment.crop = crop
+        source, seen = data.build(recipe).train, 0
+        worst = data.task_bytes(recipe, source, 2, torch.device("cpu"))
+        for window in data.train_windows(
+            recipe, source, rank=0, num_ranks=1, start_window=0, end_window=12, mean=(0.5,) * 3, std=(0.2,) * 3, micro=2
+        ):
+            assert all(isinstance(batch, data.PlannedBatch) for batch in window)
+            seen = max(seen, *(batch.pixels.nbytes for batch in window))
+        assert seen <= worst and (where == "stream" or worst <= 2 * seen), (seen, worst)

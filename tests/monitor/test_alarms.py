@@ -207,6 +207,22 @@ def test_a_starved_device_names_what_the_loader_does_and_what_helps(spent, worke
     assert feeding.judge(feed).text in text
 
 
+@pytest.mark.parametrize(
+    ("spent", "words", "never"),
+    [
+        (LoaderTime(0.0, 0.5, 0.5, 8, stream=0.5), ("62 ms an image", "data.hub.streaming=false"), "data.workers="),
+        (LoaderTime(8.0, 1.0, 0.5, 8), ("reading a file takes 1000 ms",), "data.cache=ram"),
+        (LoaderTime(0.1, 9.0, 0.5, 8, 99, 1), ("decoding takes most", "data.hub.streaming=false"), "smaller data.augm"),
+    ],
+)
+def test_of_a_slow_stream_nothing_is_proposed_that_a_stream_refuses(spent, words, never):
+    stats = run(60, after(0, wait_seconds=0.6, loader=spent, workers=8))
+    ((_, _, text),) = raised(stats, About(cores=8, streamed=True))
+    assert all(w in text for w in words) and never not in text, text
+    names_keys(text)
+    assert feeding.judge(feeding.Feed(0.6, spent.per_image(), 0.4, 8, 8, 8, False, streamed=True)).changes == {}
+
+
 def test_what_goes_on_is_said_again_after_long_and_counted():
     said = raised(run(2600, after(0, facts={"cut_boxes": 9})), again_after=1000)
     assert [at for at, _, _ in said] == [3, 1003, 2003]

@@ -62,11 +62,12 @@ def test_meter_averages_since_the_last_row():
 
 def test_meter_tells_the_parts_of_the_time_and_what_the_loader_did():
     meter = Meter()
-    spent = LoaderTime(read=0.1, decode=0.3, pixels=0.4, images=4)
+    spent = LoaderTime(read=0.1, decode=0.3, pixels=0.4, images=4, stream=0.2)
     for _ in range(2):
         meter.add(stats(4, 1.0, 0.2, sections={"wait": 0.2, "forward": 0.6, "backward": 1.2}, loader=spent, workers=2))
     row = meter.take()
     assert row["share_wait"] == pytest.approx(0.1) and row["share_backward"] == pytest.approx(0.6)
     assert (row["read_ms"], row["decode_ms"], row["pixels_ms"]) == pytest.approx((25, 75, 100))
+    assert row["stream_ms"] == pytest.approx(50), "of which no loader process knows"
     assert row["loader_busy"] == pytest.approx(0.4), "0.8 s of work in a window of 1 s, by two processes"
     assert not any(name.startswith("share_") for name in meter.take()), "it starts anew"

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,14 @@ import pytest
 from PIL import Image
 from shared import load_module
 
+from detr_accel import data
 from detr_accel import recipe as recipes
 from detr_accel.cli import main
 from detr_accel.data import decode, workers
 from detr_accel.data.shapes import ShapesSource
+from detr_accel.data.workers import Loading
 from detr_accel.models import matcher
-from detr_accel.structures import ImageCost
+from detr_accel.structures import ImageCost, LoaderTime
 from detr_accel.train import bottleneck
 
 injected = load_module(Path(__file__).with_name("injected.py"))
@@ -127,10 +130,78 @@ def test_nothing_holds_up_a_training_that_computes(capsys):
 )
 def test_the_greatest_share_that_can_be_saved_is_named(seconds, cost, workers, cores, name):
     seconds = dict.fromkeys(bottleneck.SECTIONS, 0.0) | seconds
-    verdict = bottleneck.judge(recipes.loads(TINY), seconds, cost, workers, cores, 8.0)
+    verdict = bottleneck.judge(recipes.loads(TINY), seconds, cost, Loading(workers, 2), cores, 8.0)
     assert verdict.name == name
     for key in verdict.changes:
         assert key in recipes._known() and key in verdict.text
+
+
+@pytest.mark.parametrize(("ready", "proposed"), [(1, 4), (2, 4), (4, 8), (8, 16), (9, None), (16, None)])
+def test_more_prefetch_is_proposed_where_it_is_more(ready, proposed):
+    seconds = dict.fromkeys(bottleneck.SECTIONS, 0.0) | {"wait": 0.8, "forward": 1.0}
+    cost = ImageCost(0.0, 0.2, 0.01, 1.0)
+    verdict = bottleneck.judge(recipes.loads(TINY), seconds, cost, Loading(8, ready), 8, 8.0)
+    assert verdict.changes == ({} if proposed is None else {"data.prefetch": proposed})
+    assert f"data.prefetch={proposed}" in verdict.text if proposed else f"{ready} micro-batches" in verdict.text
+
+
+def test_loader_processes_are_proposed_for_the_cores_that_training_has(monkeypatch):
+    """The room that training agreed on decides, not what is seen when the verdict is made."""
+    eight = workers.Machine("here", frozenset(range(8)), float("inf"), 2**36, 2**36)
+    agree, told = bottleneck.parts.agree_on_room, []
+
+    def agreed(built):
+        monkeypatch.setattr(workers, "machine", lambda: eight)
+        agree(built)
+        monkeypatch.setattr(workers, "machine", lambda: replace(eight, cpus=frozenset({0})))
+
+    def trained(built, *_):
+        built.loading = Loading(1, 2)
+        return {"wait": 1.0, "forward": 1.0}, 1, 8.0, LoaderTime(decode=8.0, images=8), ""
+
+    judged = bottleneck.judge
+    monkeypatch.setattr(bottleneck.parts, "agree_on_room", agreed)
+    monkeypatch.setattr(bottleneck, "_train", trained)
+    monkeypatch.setattr(bottleneck, "_evaluation", lambda *_: 0.0)
+    monkeypatch.setattr(bottleneck, "judge", lambda *args: told.append(args[4]) or judged(*args))
+    verdict = look().verdict
+    assert told == [8] and verdict.changes == {"data.workers": 8}, "1.2 x 8 images, 8 cores"
+
+
+@pytest.mark.parametrize(("cost", "number"), [(0.01, 2), (0.2, 1)])
+@pytest.mark.parametrize(("memory", "queue_gib"), [(2**36, 2.0), (2**36, 0.001), (2**21, 2.0)])
+def test_what_is_proposed_changes_the_loader(monkeypatch, cost, number, memory, queue_gib):
+    """A change that data.queue_gib or the memory would cut back to what there is comes with room, or not at all."""
+    here = workers.Machine("here", frozenset(range(8)), float("inf"), memory, memory)
+    monkeypatch.setattr(workers, "machine", lambda: here)
+    monkeypatch.setattr(workers, "_PROCESS_BYTES", 1)
+    text = TINY.replace("workers: 1", f"workers: {number}\n  queue_gib: {queue_gib}").replace("fetch: 2", "fetch: 8")
+    recipe = recipes.loads(text.replace("micro: 2", "micro: 8"))
+    settled = []
+
+    def settle(built):
+        source = built.splits.train
+        return data.loading(built.recipe, source, micro=8, num_ranks=1, device="cpu", room=built.room)[0]
+
+    def trained(built, *_):
+        built.loading = settle(built)
+        settled.append(built)
+        return {"wait": 1.0, "forward": 1.0}, 1, 8.0, LoaderTime(decode=8 * cost, images=8), ""
+
+    monkeypatch.setattr(bottleneck, "_train", trained)
+    monkeypatch.setattr(bottleneck, "_evaluation", lambda *_: 0.0)
+    verdict = bottleneck.look(recipe, 1.0).verdict
+    (built,) = settled
+    assert verdict.name == "workers"
+    if not verdict.changes:
+        assert memory == 2**21 and "/dev/shm" in verdict.text
+        return
+    for key, value in verdict.changes.items():
+        assert f"{key}={value:g}" in verdict.text
+    update = {key.removeprefix("data."): value for key, value in verdict.changes.items()}
+    built.recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=update)})
+    bottleneck.parts.agree_on_room(built)
+    assert settle(built) != built.loading, verdict.text
 
 
 def test_the_command_tries_the_change_and_shows_before_and_after(tmp_path, monkeypatch, capsys):
@@ -144,7 +215,8 @@ def test_the_command_tries_the_change_and_shows_before_and_after(tmp_path, monke
     file = tmp_path / "r.yaml"
     file.write_text(on_files(folder_of(tmp_path / "set", (64, 80))) + RARELY)
     assert main(["doctor", str(file), "--seconds", "1.5", "--apply"]) == 0
-    said = capsys.readouterr().out
+    said, err = capsys.readouterr()
+    assert "GiB (data.cache=ram) are first built in memory" in err and "given back at the end" in err
     assert said.count("verdict: ") == 2 and 'with data.cache="ram": ' in said
     gain = float(said.rsplit("(", 1)[1].partition("x")[0])
     assert gain > 1.1

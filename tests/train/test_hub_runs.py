@@ -3,23 +3,30 @@
 import io
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
+import warm
 from PIL import Image
 from shared import load_module
 
+from detr_accel import data
 from detr_accel import recipe as recipes
 from detr_accel.data.shapes import ShapesSource
 from detr_accel.infer.evaluation import evaluate_checkpoint
 from detr_accel.structures import UserError
-from detr_accel.train import loop
+from detr_accel.train import loop, replay
 from detr_accel.train.loop import train
 
 inject = load_module(Path(__file__).with_name("injecting.py"))
 injected = load_module(Path(__file__).with_name("injected.py"))
+SCRIPT, ROOT = Path(__file__).with_name("stream_layouts.py"), Path(__file__).parents[2]
 MORE = "schedule: {epochs: 3, kind: constant}\ncheckpoint: {every_steps: 2, keep: 9}\n"
 
 
@@ -153,3 +160,68 @@ def test_two_processes_train_the_same_images_of_a_stream_and_go_on_where_one_sto
     alarm = json.loads((tmp_path / "poison/alarms.jsonl").read_text().splitlines()[0])["text"]
     assert f"window 4: the predictions for image {shapes}, split train, image_id " in alarm
     assert rows_of(tmp_path / "poison", "data/num_boxes") == wanted
+    assert_captured_as_trained(tmp_path / "poison", recipe("alone", shapes, True, short, SIZES), window=3, rank=1)
+
+
+def assert_captured_as_trained(run: Path, recipe, window: int, rank: int) -> None:
+    """On the canvas of all processes, though the one that kept it read a smaller one."""
+    own, whole = (
+        next(
+            data.train_windows(
+                recipe, data.build(recipe).train, rank=at, num_ranks=ranks, start_window=window,
+                end_window=window + 1, mean=(0.5,) * 3, std=(0.2,) * 3,
+            )
+        )
+        for at, ranks in ((rank, 2), (0, 1))
+    )  # fmt: skip
+    case = replay.load(run)
+    assert {b.canvas_px for b in case.batches} == {whole[0].canvas_px} != {own[0].canvas_px}
+    for batch in case.batches:
+        for target, mask in zip(batch.targets, batch.mask, strict=True):
+            h, w = target.size_px
+            assert not mask[:h, :w].any() and mask[h:].all() and mask[:, w:].all()
+
+
+def layouts(folder: Path, shapes: Path, processes: int) -> dict:
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env["HF_DATASETS_CACHE"] = str(folder / "cache")
+    out = folder / f"{processes}.pt"
+    done = warm.run([str(SCRIPT), str(out), str(shapes)], env=env, processes=processes if processes > 1 else 0)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out, weights_only=False)
+
+
+@pytest.mark.law1
+def test_a_window_of_a_stream_gives_one_gradient_in_every_layout(tmp_path, shapes):
+    """One process, accumulated, two processes with lanes of their own, and two that each read everything; with a short
+    window, an image that is lost and canvases that differ from process to process."""
+    folder = tmp_path / "shapes"
+    shutil.copytree(shapes, folder)
+    spoil(folder / "train-00001-of-00004.parquet")
+    found = {processes: layouts(tmp_path, folder, processes) for processes in (1, 2)}
+    sizes, different, lost = set(), 0, 0
+    for (lanes, micro, window), (result, grads) in [*found[1].items(), *found[2].items()]:
+        whole, whole_grads = found[1][lanes, 8, window]
+        for name, value in whole["losses"].items():
+            assert result["losses"][name] == pytest.approx(value, rel=1e-9, abs=1e-9), (lanes, micro, window, name)
+        assert (result["num_images"], result["num_boxes"]) == (whole["num_images"], whole["num_boxes"])
+        assert result["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-9)
+        for name, grad in whole_grads.items():
+            allowed = 1e-9 * grad.norm().item() + 1e-12 * whole["grad_norm"]
+            assert (grad - grads[name]).norm().item() <= allowed, (lanes, micro, window, name)
+        sizes.add(result["num_images"])
+        different += result["canvas_px"] not in (None, result["own_px"])
+        lost += result["num_lost"]
+        assert result["canvas_px"] in (None, whole["own_px"])
+    assert len(found[1]) == len(found[2]) == 24 and min(sizes) < 7 and different and lost
+    one, other = (found[1]["auto", 8, window][1] for window in (0, 1))
+    assert any((one[name] - other[name]).norm() > 1e-3 * one[name].norm() for name in one), "the comparison can fail"
+
+
+def spoil(path: Path) -> None:
+    """Break the pixels of a shard's second image; its size is still told."""
+    table = pq.read_table(path)
+    rows = table.column("image").to_pylist()
+    rows[1]["bytes"] = rows[1]["bytes"][:60]
+    at = table.column_names.index("image")
+    pq.write_table(table.set_column(at, table.field("image"), pa.array(rows, table.field("image").type)), path)

@@ -2,14 +2,16 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import warm
 
+from detr_accel import data
 from detr_accel.models.losses import _box_sums, image_spread
-from detr_accel.structures import Targets
+from detr_accel.structures import Batch, Targets
 from detr_accel.train.window import FACTS, WindowResult, WindowRunner, count_facts
 
 SCRIPT = Path(__file__).with_name("window_layouts.py")
@@ -97,6 +99,16 @@ def test_a_window_reads_the_device_once_a_micro_batch_and_twice(layouts, detecto
     # boxes that an image of any process has
     agreed = 0 if detector == "detr" or processes == 1 else 1
     assert len(reads) == num_micro_batches + processes + agreed, reads
+
+
+def test_a_canvas_is_the_planned_one_where_its_largest_images_are_lost():
+    """On one process the canvas stays the window's, too: whose images are lost does not change the others' padding."""
+    runner = object.__new__(WindowRunner)
+    runner.own_canvas, runner.accelerator = True, SimpleNamespace(device=torch.device("cpu"), num_processes=1)
+    batches = [Batch(torch.zeros(0, 3, 64, 96), torch.zeros(0, 64, 96), [], ()) for _ in range(2)]
+    assert data.largest_canvas(batches) == (64, 96) and data.largest_canvas([]) == (0, 0)
+    assert runner._largest_canvas([], data.largest_canvas(batches)) == (64, 96)
+    assert runner._largest_canvas(batches[:1], (80, 10)) == (80, 96)
 
 
 def test_clipping_bounds_the_norm_or_each_component():

@@ -147,4 +147,5 @@ def main() -> None:
     launch.leave()
 
 
-main()
+if __name__ == "__main__":
+    main()
