@@ -135,7 +135,10 @@ KEYS = {  # each has a line with a reason from the data; what is not among them 
     "model.backbone.name", "model.backbone.pixels", "model.rtdetr.encoder_dim", "model.rtdetr.encoder_feedforward",
     "optim.no_decay", "schedule.kind", "evaluate.max_detections", "early_stop.patience", "early_stop.metric",
 }  # fmt: skip
-NAMED = ("data:", "eval_size", "augment:", "name:", "init_from", "num_queries", "batch:", "optim:", "schedule:")
+NAMED = (
+    "data:", "eval_size", "augment:", "name:", "init_from", "num_queries", "batch:", "optim:", "schedule:",
+    "early_stop:",
+)  # fmt: skip
 
 
 def keys_of(tree: dict, start: str = "") -> set[str]:
