@@ -130,7 +130,8 @@ class HybridEncoder(nn.Module):
         down.reverse()
         up = [down[0]]
         for shrink, fuse, coarser in zip(self.downsample_convs, self.pan_blocks, down[1:], strict=True):
-            up.append(self._call(fuse, torch.cat((shrink(up[-1]), coarser), 1)))
+            h, w = coarser.shape[-2:]  # some backbones leave out an odd map's last row and column, as this does not
+            up.append(self._call(fuse, torch.cat((shrink(up[-1])[..., :h, :w], coarser), 1)))
         return up
 
     def _attend(self, features: Tensor, mask: Tensor) -> Tensor:

@@ -31,8 +31,11 @@ def nothing(batch=2):
     return torch.zeros(batch, 0, 0, dtype=torch.bool)
 
 
-@pytest.mark.parametrize("sizes", [SIZES, ((7, 11), (4, 6), (2, 3)), ((5, 5), (3, 3), (2, 2))])
-def test_every_level_keeps_its_size_also_where_a_side_is_odd(make_encoder, sizes):
+@pytest.mark.parametrize(
+    "sizes",
+    [SIZES, ((7, 11), (4, 6), (2, 3)), ((5, 5), (3, 3), (2, 2)), ((7, 11), (3, 5), (1, 2)), ((9, 4), (4, 2), (2, 1))],
+)
+def test_every_level_keeps_its_size_also_where_a_backbone_rounds_odd_sides_up_or_down(make_encoder, sizes):
     odd = [torch.randn(2, c, h, w, dtype=torch.float64) for c, (h, w) in zip(CHANNELS, sizes, strict=True)]
     assert [m.shape for m in make_encoder()(odd, nothing())] == [(2, 8, *size) for size in sizes]
 
