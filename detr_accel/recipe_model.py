@@ -45,7 +45,7 @@ class RtDetr(Section):
     """Width inside the encoder's fusion blocks, as a share of encoder_dim (R18, R34: 0.5)."""
     num_blocks: Positive = 3
     """Convolution blocks in each fusion block (R18, R34: 3; fewer are faster)."""
-    num_points: list[Positive] = [4, 4, 4]
+    num_points: Annotated[list[Positive], Field(min_length=1)] = [4, 4, 4]
     """Points of each feature map, finest first, that a head of a query looks at; as many maps as numbers."""
     sampling: Literal["bilinear", "discrete"] = "bilinear"
     """``discrete`` looks at whole cells only, which every runtime can do (RT-DETRv2); its offsets do not train."""

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
+from itertools import pairwise
 
 import timm
 import torch
@@ -34,7 +35,8 @@ class Backbone(nn.Module):
         num_maps: how many of the model's feature maps are wanted, counted from the last.
         first_shortcut: put a convolution into the first stage's first shortcut, where a ResNet has none.
     Raises:
-        UserError: unknown name; fewer maps; no stride 16; weights not to be had; no such shortcut.
+        UserError: unknown name; fewer maps, or strides that do not double; no stride 16; weights not to be had; no such
+            shortcut.
     """
 
     def __init__(
@@ -57,6 +59,11 @@ class Backbone(nn.Module):
         self.channels: list[int] = self.body.feature_info.channels()
         self.strides: list[int] = self.body.feature_info.reduction()
         self.num_channels, self.stride = self.channels[-1], self.strides[-1]
+        if any(2 * fine != coarse for fine, coarse in pairwise(self.strides)):
+            raise UserError(
+                f"model.backbone.name: RT-DETR reads maps of which each is half the one before, and {name} has the "
+                f"strides {', '.join(map(str, self.strides))}; choose another, such as resnet50d or convnext_tiny"
+            )
         if dc5 and self.stride != 16:
             raise UserError(f"model.backbone.dc5: {name} has no stride 16 (it stays at {self.stride}); use dc5: false")
         self.mean = tuple(self.body.pretrained_cfg["mean"])
@@ -87,13 +94,18 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images [B, 3, H, W] -> maps [B, C, h, w], finest first; h and w are rounded up where the stride does not
-        divide H and W."""
-        below, right = (-side % self.side_multiple for side in images.shape[-2:])
+        divide H and W (down by some models)."""
+        sides = images.shape[-2:]
+        below, right = (-side % self.side_multiple for side in sides)
         if below or right:  # patches must come out even; 0 is the mean colour, as in the padding of a batch
             images = nn.functional.pad(images, (0, right, 0, below))
         # channels last: the convolutions' own layout on CPUs and tensor cores, and tokens [B, h*w, D] without a copy
         maps = self.body(images.contiguous(memory_format=torch.channels_last))
-        return [features.movedim(self.channels_axis, 1) for features in maps]
+        maps = [features.movedim(self.channels_axis, 1) for features in maps]
+        if below or right:  # a fine map has whole cells in what was added, and nobody's mask knows of them
+            ends = [[-(-side // stride) for side in sides] for stride in self.strides]
+            maps = [features[..., :h, :w] for features, (h, w) in zip(maps, ends, strict=True)]
+        return maps
 
 
 def _create(name: str, weights: str, dc5: bool, num_maps: int) -> tuple[nn.Module, int]:
@@ -137,6 +149,11 @@ def _call_timm(name: str, dc5: bool, **options) -> nn.Module:
     try:
         with pretrained.quiet_timm():
             return timm.create_model(name, **options)
+    except IndexError:
+        raise UserError(
+            f"model.rtdetr.num_points has {len(options['out_indices'])} numbers, and {name} has fewer feature maps: give "
+            "fewer"
+        ) from None
     except (NotImplementedError, AssertionError, TypeError) as error:
         remedy = "use dc5: false, or a ResNet" if dc5 else "choose one with features"
         raise UserError(f"model.backbone.name: timm cannot take features from {name} ({error}); {remedy}") from None

@@ -166,3 +166,18 @@ def test_a_detector_takes_a_canvas_that_no_patch_divides(make_model, make_batch)
 def test_a_model_for_one_image_size_is_refused_before_the_first_image(name):
     with pytest.raises(UserError, match=f"model.backbone.name: {name} takes images of one size only.*resnet50"):
         Backbone(name)
+
+
+@pytest.mark.parametrize("name", ["hrnet_w18_small", "resnet18d"])
+def test_maps_end_with_the_image_where_sides_must_be_multiples(name):
+    """Boxes are in 0..1 of the image: cells of what was added beside it would move them all."""
+    backbone = Backbone(name, num_maps=3)
+    maps = backbone(torch.zeros(1, 3, 72, 100))
+    assert [m.shape[-2:] for m in maps] == [(9, 13), (5, 7), (3, 4)]
+
+
+def test_maps_that_make_no_pyramid_are_refused_before_the_first_image():
+    with pytest.raises(UserError, match="vit_tiny_patch16_224 has the strides 16, 16, 16; choose another"):
+        Backbone("vit_tiny_patch16_224", num_maps=3)
+    with pytest.raises(UserError, match="model.rtdetr.num_points has 6 numbers, and resnet18d has fewer feature maps"):
+        Backbone("resnet18d", num_maps=6)
