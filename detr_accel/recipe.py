@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from detr_accel.recipe_augment import Augment
-from detr_accel.recipe_model import DEFAULTS_OF, Backbone, Loss, Model, RtDetr
+from detr_accel.recipe_model import DEFAULTS_OF, Backbone, Loss, Model, RtDetr, misfit
 from detr_accel.recipe_parts import NO_STREAM, Fraction, Hub, Positive, Section, Text
 from detr_accel.structures import UserError
 
@@ -372,6 +372,8 @@ class Recipe(Section):
                 "model.backbone.norm is frozen while model.backbone.weights is none: frozen statistics on random "
                 "weights destroy the signal; use norm: live (or auto)"
             )
+        if why := misfit(self.model, self.loss):
+            raise ValueError(why)
         return self
 
 

@@ -113,6 +113,10 @@ class Model(Section):
             raise ValueError(f"rtdetr.encoder_dim {width} must be a multiple of num_heads {self.num_heads} and of 4")
         if self.name == "rtdetr" and self.backbone.dc5:
             raise ValueError("backbone.dc5 belongs to DETR: RT-DETR reads three feature maps as they are")
+        if self.name == "rtdetr" and int(self.rtdetr.expansion * width) < 1:
+            raise ValueError(f"rtdetr.expansion {self.rtdetr.expansion:g} leaves nothing of encoder_dim {width}")
+        if self.name != "rtdetr" and self.rtdetr != RtDetr():
+            raise ValueError(f"rtdetr is set, but name is {self.name}, which reads nothing of it: set name=rtdetr")
         return self
 
 
@@ -154,6 +158,14 @@ class Loss(Section):
         if self.cost_class == self.cost_bbox == self.cost_giou == 0:
             raise ValueError("cost_class, cost_bbox and cost_giou are all 0: nothing would decide the matching")
         return self
+
+
+def misfit(model: Model, loss: Loss) -> str | None:
+    """Why the two sections do not go together; None where they do."""
+    fitting = ("ce",) if model.name == "detr" else ("vfl", "mal")
+    if loss.kind in ("auto", *fitting):
+        return None
+    return f"loss.kind is {loss.kind}, which does not fit model.name {model.name}: use {' or '.join(fitting)} (or auto)"
 
 
 DEFAULTS_OF: dict[str, dict[str, dict[str, Any]]] = {  # detector -> section -> what differs from the defaults above

@@ -53,9 +53,7 @@ def build_criterion(recipe: Recipe, num_classes: int) -> nn.Module:
     loss, model = recipe.loss, recipe.model
     kind = loss.kind if loss.kind != "auto" else "ce" if model.name == "detr" else "vfl"
     class_loss = _CLASS_LOSSES[kind](loss)
-    if class_loss.background != _MODELS[model.name].has_background:
-        fitting = "ce" if kind != "ce" else "vfl or mal"
-        raise UserError(f"loss.kind is {kind}, which does not fit model.name {model.name}: use {fitting} (or auto)")
+    assert class_loss.background == _MODELS[model.name].has_background, kind
     class_cost = softmax_cost if class_loss.background else focal_cost
     matcher = Matcher(loss.cost_class, loss.cost_bbox, loss.cost_giou, class_cost)
     term_weights = {kind: getattr(loss, kind), "bbox": loss.bbox, "giou": loss.giou}

@@ -151,8 +151,8 @@ def _call_timm(name: str, dc5: bool, **options) -> nn.Module:
             return timm.create_model(name, **options)
     except IndexError:
         raise UserError(
-            f"model.rtdetr.num_points has {len(options['out_indices'])} numbers, and {name} has fewer feature maps: give "
-            "fewer"
+            f"model.rtdetr.num_points has {len(options['out_indices'])} numbers, and {name} has fewer feature maps: "
+            "give fewer"
         ) from None
     except (NotImplementedError, AssertionError, TypeError) as error:
         remedy = "use dc5: false, or a ResNet" if dc5 else "choose one with features"

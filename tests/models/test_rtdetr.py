@@ -290,13 +290,6 @@ def test_inverse_sigmoid_is_finite_at_the_ends():
 # --- building, export
 
 
-def test_a_class_loss_of_the_other_detector_is_refused(make_rtdetr_recipe, make_recipe):
-    with pytest.raises(UserError, match="loss.kind is ce, which does not fit model.name rtdetr: use vfl or mal"):
-        models.build_criterion(make_rtdetr_recipe(loss={"kind": "ce"}), 4)
-    with pytest.raises(UserError, match="loss.kind is vfl, which does not fit model.name detr: use ce"):
-        models.build_criterion(make_recipe(loss={"kind": "vfl"}), 4)
-
-
 def test_a_new_model_says_nothing_everywhere_and_starts_at_its_anchors(make_rtdetr_recipe, make_batch):
     recipe = make_rtdetr_recipe(backbone={"name": "test_efficientnet", "weights": "none"})
     model = models.build(recipe, 4, load_weights=False).eval()
