@@ -95,7 +95,7 @@ def infer(
         UserError: a part is missing that every RT-DETR has, or sizes that no RT-DETR has.
     """
     missing = [k for k in _NEEDED if k not in state] + [
-        f"size of {k}" for k, v in state.items() if v.dim() == 0 and not is_counter(k)
+        f"size of {k}" for k, v in state.items() if v.numel() * v.dim() == 0 and not is_counter(k)
     ]
     if missing:
         raise UserError(f"{source} holds no RT-DETR detector: no {', '.join(missing)} among its {len(state)} tensors")

@@ -36,6 +36,7 @@ def read(folder: Path, config: dict[str, Any]) -> Loaded:
     Raises:
         UserError: a variant that ours is not, or damaged.
     """
+    _check_types(config, folder)
     _check_config(config, folder)
     if not (folder / weights.MODEL).is_file():
         raise UserError(f"{folder} has no {weights.MODEL}: only transformers folders with safetensors can be read")
@@ -85,6 +86,22 @@ def write(loaded: Loaded, folder: Path) -> list[str]:
     preprocessor = loaded.meta.get(_KEPT_PREPROCESSOR) or _preprocessor(loaded)
     (folder / "preprocessor_config.json").write_text(weights.to_json(preprocessor), encoding="utf-8")
     return [f"model_type: {config['model_type']}"]
+
+
+_COUNTS = ("decoder_attention_heads", "decoder_n_points", "num_feature_levels", "num_queries")
+
+
+def _check_types(config: dict, folder: Path) -> None:
+    """What is reckoned with must be what it seems to be: people edit configs."""
+    counts = [key for key in _COUNTS if key in config and not (type(config[key]) is int and config[key] > 0)]
+    faults = [(key, "a whole number above 0") for key in counts]
+    if type(config.get("dropout", 0.0)) not in (int, float):
+        faults.append(("dropout", "a number"))
+    faults += [(k, "a table") for k in ("backbone_config", "id2label") if not isinstance(config.get(k) or {}, dict)]
+    if not faults and not all(str(key).isdecimal() for key in config.get("id2label") or {}):
+        faults.append(("id2label", "a table of labels 0, 1, ..."))
+    for key, wanted in faults:
+        raise UserError(f"{folder}/config.json: {key} is {config[key]!r}; it must be {wanted}")
 
 
 def _check_config(config: dict, folder: Path) -> None:
@@ -179,8 +196,8 @@ def _preprocessor_of(folder: Path, report: list[str]) -> tuple[dict | None, str,
         side = PUBLISHED_SIDE
     if not told.get("do_normalize", False):
         return told, "unit", side
-    given = [round(float(v), 3) for v in [*(told.get("image_mean") or ()), *(told.get("image_std") or ())]]
-    if given != _IMAGENET:
+    given = [told.get("image_mean"), told.get("image_std")]
+    if given != [_IMAGENET[:3], _IMAGENET[3:]]:
         raise UserError(f"{path}: images are normalised with {given}; only ImageNet's mean and deviation, or none, fit")
     return told, "timm", side
 

@@ -212,9 +212,10 @@ def test_published_sizes_are_recognised_and_give_the_published_counts(name):
     (lambda s: {k: v for k, v in s.items() if k != "decoder.enc_bbox_head.layers.0.bias"},
      "decoder.enc_bbox_head.layers.0.bias is missing"),
     (lambda s: s | {"decoder.enc_score_head.bias": torch.tensor(1.0)}, "no size of decoder.enc_score_head.bias"),
+    (lambda s: s | {"encoder.input_proj.0.conv.weight": torch.zeros(0, 1, 1, 1)}, "no size of encoder.input_proj.0"),
     (lambda s: {k: v[:-1] if "attention_weights" in k else v for k, v in s.items()}, "8 heads do not fit"),
     (lambda s: rtdetr_keymaps.to_transformers(rtdetr_keymaps.from_official(s)), "transformers' key names"),
-], ids=["backbone", "unexpected", "no head", "missing", "scalar", "points", "transformers"])  # fmt: skip
+], ids=["backbone", "unexpected", "no head", "missing", "scalar", "empty", "points", "transformers"])  # fmt: skip
 def test_what_is_not_our_rtdetr_is_refused_in_one_sentence(v1, tmp_path, change, sentence):
     with pytest.raises(UserError, match=sentence) as caught:
         convert.read(save({"model": change(v1)}, tmp_path / "rt.pth"))
@@ -299,6 +300,13 @@ def test_coco_labels_are_category_ids_in_their_order():
     ({"backbone_config": {"model_type": "timm_backbone"}}, "model_type is 'timm_backbone'"),
     ({"id2label": {"0": "a"}}, "names 1 labels, but the head has 80"),
     ({"model_type": "d_fine"}, "describes d_fine, not detr"),
+    ({"num_feature_levels": "3"}, "num_feature_levels is '3'; it must be a whole number above 0"),
+    ({"decoder_n_points": [4, 4, 4]}, r"decoder_n_points is \[4, 4, 4\]; it must be a whole number above 0"),
+    ({"num_queries": 0}, "num_queries is 0; it must be a whole number above 0"),
+    ({"dropout": None}, "dropout is None; it must be a number"),
+    ({"backbone_config": "resnet"}, "backbone_config is 'resnet'; it must be a table"),
+    ({"id2label": ["a"]}, r"id2label is \['a'\]; it must be a table"),
+    ({"id2label": {"x": "a"}}, "it must be a table of labels 0, 1"),
 ], ids=lambda v: next(iter(v)) if isinstance(v, dict) else "")  # fmt: skip
 def test_configs_of_other_detectors_are_refused_in_one_sentence(hub_folder, change, sentence):
     folder = hub_folder
@@ -315,9 +323,10 @@ def test_images_normalised_otherwise_than_known_are_refused(hub_folder):
     told = json.loads(path.read_text()) | {"do_normalize": True}
     path.write_text(json.dumps(told))
     assert convert.read(folder).recipe.model.backbone.pixels == "timm"
-    path.write_text(json.dumps(told | {"image_mean": [0.5, 0.5, 0.5]}))
-    with pytest.raises(UserError, match="only ImageNet's mean and deviation"):
-        convert.read(folder)
+    for mean in ([0.5, 0.5, 0.5], 0.5, "imagenet", [None, 0.5, 0.5]):
+        path.write_text(json.dumps(told | {"image_mean": mean}))
+        with pytest.raises(UserError, match="only ImageNet's mean and deviation"):
+            convert.read(folder)
 
 
 def test_every_format_answers_the_same(tmp_path):
