@@ -72,7 +72,7 @@ def shrink_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
     Returns:
         bool [B, h, w]
     """
-    strides = [2 ** round(math.log2(long / short)) for long, short in zip(mask.shape[1:], size, strict=True)]
+    strides = [2 ** math.ceil(math.log2(long / short)) for long, short in zip(mask.shape[1:], size, strict=True)]
     small = mask[:, :: strides[0], :: strides[1]]
     if small.shape[1:] == torch.Size(size):
         return small

@@ -179,11 +179,11 @@ def test_the_decoder_finds_the_same_on_a_padded_canvas(make_rtdetr, width):
 
 
 @pytest.mark.law1
-@pytest.mark.parametrize("height, width", [(64, 96), (800, 1333), (769, 1025), (33, 17)])
+@pytest.mark.parametrize("height, width", [(64, 96), (800, 1333), (769, 1025), (33, 17), (30, 29), (9, 65)])
 def test_an_image_has_the_same_cells_on_every_canvas(height, width):
     for stride in (8, 16, 32):
         own = (-(-height // stride), -(-width // stride))
-        for canvas in ((height, width), (height, width + 301), (1333, 1400)):
+        for canvas in ((height, width), (height, width + 7), (height, width + 301), (1333, 1400)):
             mask = torch.ones(1, *canvas, dtype=torch.bool)
             mask[:, :height, :width] = False
             size = (-(-canvas[0] // stride), -(-canvas[1] // stride))
