@@ -197,7 +197,8 @@ class RTDETRDecoder(nn.Module):
         """boxes [B, Q, 4] without graph. Returns logits and boxes of every layer."""
         found, before = [], boxes
         for layer, score, place in zip(self.layers, self.dec_score_head, self.dec_bbox_head, strict=False):
-            query_pos = self.query_pos_head(boxes.to(tgt.dtype))
+            with no_autocast(tgt.device):  # half precision would give neighbouring cells one position
+                query_pos = self.query_pos_head(full_precision(boxes)).to(tgt.dtype)
             tgt = self._call(layer, tgt, query_pos, boxes, memory, levels, may_see)
             with no_autocast(tgt.device):
                 step = place(full_precision(tgt))

@@ -279,6 +279,20 @@ def test_losses_are_float32_under_autocast(make_rtdetr_recipe, make_rtdetr, make
     assert set(result.losses) == set(criterion.loss_names(3))
 
 
+def test_autocast_leaves_the_positions_of_queries_in_full_precision(make_rtdetr, make_batch):
+    model = make_rtdetr(dtype=torch.float32).eval()
+    images, mask, _ = make_batch([1, 1], dtype=torch.float32)
+    made = []
+    head = model.decoder.query_pos_head
+    hook = head.register_forward_hook(lambda _, boxes, found: made.append((boxes[0], found)))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(images, mask)
+    hook.remove()
+    assert len(made) == 3
+    for boxes, found in made:
+        torch.testing.assert_close(found, head(boxes.float()), rtol=1e-6, atol=1e-6)
+
+
 def test_inverse_sigmoid_is_finite_at_the_ends():
     x = torch.tensor([0.0, 1e-9, 0.25, 1.0, 1.5, -0.5], dtype=torch.float64)
     y = inverse_sigmoid(x)
