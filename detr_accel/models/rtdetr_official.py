@@ -19,7 +19,7 @@ from detr_accel.models import rtdetr_keymaps as keymaps
 from detr_accel.models.class_rows import num_labels
 from detr_accel.models.coco_classes import coco_80
 from detr_accel.models.keymaps import StateDict
-from detr_accel.models.rtdetr_architecture import NAMES, PUBLISHED_QUERIES, PUBLISHED_SIDE, Told
+from detr_accel.models.rtdetr_architecture import NAMES, PUBLISHED_HEADS, PUBLISHED_QUERIES, PUBLISHED_SIDE, Told
 from detr_accel.models.weights import Loaded
 from detr_accel.structures import Classes, UserError
 
@@ -80,6 +80,7 @@ def content(loaded: Loaded) -> tuple[dict[str, Any], list[str]]:
         side = loaded.meta.get("anchors_side_px", PUBLISHED_SIDE)
         theirs |= _buffers(model, side)
         lines.append(f"anchors: for images of {side} x {side}, which must be eval_spatial_size there")
+    lines += _to_be_told(model)
     place = loaded.meta.get("place", "model")
     found: dict[str, Any] = {"ema": {"module": theirs}} if place == "ema.module" else {"model": theirs}
     found = found if place else theirs
@@ -89,6 +90,22 @@ def content(loaded: Loaded) -> tuple[dict[str, Any], list[str]]:
         found[EXTRA] = {"classes": loaded.classes.to_json(), "recipe": recipes.dumps(loaded.recipe)}
         lines.append(f"class table and recipe: kept in the entry {EXTRA}, which the official code does not read")
     return found, lines
+
+
+def _to_be_told(model: recipes.Model) -> list[str]:
+    """What would change the original's answers in silence."""
+    r, lines = model.rtdetr, []
+    if model.backbone.pixels != "unit":
+        lines.append(
+            "beware: this detector's images are normalised with the backbone's mean and deviation, the original's are "
+            "not: add that to its transforms, or it finds little"
+        )
+    told = {
+        "num_queries": (model.num_queries, PUBLISHED_QUERIES), "nhead": (model.num_heads, PUBLISHED_HEADS),
+        "cross_attn_method": (r.sampling, "bilinear"),
+    }  # fmt: skip
+    other = [f"{key} {ours}" for key, (ours, published) in told.items() if ours != published]
+    return [*lines, f"its config must say: {', '.join(other)}"] if other else lines
 
 
 def _inferred(loaded: Loaded, told: Told) -> recipes.Model | None:

@@ -176,9 +176,20 @@ def test_what_an_official_file_cannot_say_survives_in_an_entry_of_ours(tmp_path)
     back = convert.read(tmp_path / "own.pth")
     assert (back.classes, back.recipe) == (classes, ours.recipe) and equal(back.state_dict, ours.state_dict)
     assert said(lines, "entry detr_accel") and said(lines, "anchors", "640 x 640")
+    assert said(lines, "its config must say", "num_queries 20", "cross_attn_method discrete")
+    assert not said(lines, "normalised"), "the original's pixels are this detector's"
     theirs = torch.load(tmp_path / "own.pth", weights_only=True)["model"]
     for name, wanted in zip(("anchors", "valid_mask"), anchors(640), strict=True):
         assert torch.equal(theirs[f"decoder.{name}"], wanted)
+
+
+def test_pixels_that_the_original_does_not_normalise_are_told(tmp_path):
+    ours = loaded()
+    model = ours.recipe.model
+    backbone = model.backbone.model_copy(update={"pixels": "timm"})
+    ours.recipe = ours.recipe.model_copy(update={"model": model.model_copy(update={"backbone": backbone})})
+    lines = convert.write(ours, tmp_path / "own.pth", to="official")
+    assert said(lines, "beware", "normalised with the backbone's mean and deviation, the original's are not")
 
 
 PUBLISHED = {  # backbone -> sizes; parameters that the original counts with them, and entries of its first version
