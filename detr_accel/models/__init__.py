@@ -24,7 +24,7 @@ from detr_accel.recipe import Recipe
 from detr_accel.structures import Targets, UserError
 
 __all__ = [
-    "build", "build_criterion", "checkpoint_parts", "checkpointing_ladder", "detections",
+    "build", "build_criterion", "check_cells", "checkpoint_parts", "checkpointing_ladder", "detections",
     "detections_of", "init_from",
     "keep_decoder_layers", "not_decayed", "param_groups", "weights",
 ]  # fmt: skip
@@ -47,6 +47,25 @@ def build(
         model.backbone.requires_grad_(False)
     is_meta = any(p.is_meta for p in model.parameters())
     return model if is_meta else model.to(device)
+
+
+def check_cells(recipe: Recipe, model: nn.Module) -> None:
+    """RT-DETR's queries are chosen among cells: the smallest square must have as many, or training ends when one is
+    drawn.
+
+    Raises:
+        UserError: it has fewer.
+    """
+    data = recipe.data
+    if recipe.model.name != "rtdetr" or not data.square:
+        return
+    side = min(*data.augment.scales, data.augment.max_size, data.eval_size, data.eval_max_size)
+    cells = sum(math.ceil(side / stride) ** 2 for stride in model.backbone.strides)
+    if cells < recipe.model.num_queries:
+        raise UserError(
+            f"model.num_queries is {recipe.model.num_queries}, but squares of {side} pixels have only {cells} cells to "
+            "choose from: lower model.num_queries, or enlarge the squares (data.augment.scales, data.eval_size)"
+        )
 
 
 def build_criterion(recipe: Recipe, num_classes: int) -> nn.Module:
@@ -132,7 +151,6 @@ def _build_rtdetr(recipe: Recipe, num_classes: int, load_weights: bool) -> RTDET
     model, r = recipe.model, recipe.model.rtdetr
     parts = () if model.activation_checkpointing == "auto" else model.activation_checkpointing
     backbone = _build_backbone(recipe, load_weights, num_maps=len(r.num_points))
-    _check_cells(recipe, backbone.strides)
     encoder = HybridEncoder(
         backbone.channels, r.encoder_dim, model.num_heads, model.num_encoder_layers, r.encoder_feedforward,
         model.dropout, r.expansion, r.num_blocks, "encoder" in parts,
@@ -147,20 +165,6 @@ def _build_rtdetr(recipe: Recipe, num_classes: int, load_weights: bool) -> RTDET
     )  # fmt: skip
     decoder = RTDETRDecoder(r.encoder_dim, shape, num_classes, r.num_denoising > 0, "decoder" in parts)
     return RTDETR(backbone, encoder, decoder)
-
-
-def _check_cells(recipe: Recipe, strides: Sequence[int]) -> None:
-    """Queries are chosen among cells: the smallest square must have as many, or training ends when it is drawn."""
-    data = recipe.data
-    if not data.square:
-        return
-    side = min(*data.augment.scales, data.augment.max_size, data.eval_size, data.eval_max_size)
-    cells = sum(math.ceil(side / stride) ** 2 for stride in strides)
-    if cells < recipe.model.num_queries:
-        raise UserError(
-            f"model.num_queries is {recipe.model.num_queries}, but squares of {side} pixels have only {cells} cells to "
-            "choose from: lower model.num_queries, or enlarge the squares (data.augment.scales, data.eval_size)"
-        )
 
 
 def _build_backbone(recipe: Recipe, load_weights: bool, num_maps: int = 1) -> Backbone:

@@ -74,11 +74,12 @@ def run(recipe: Recipe, demands: data.Demands, micro: int, layout: Layout) -> Pe
         demands: the largest shapes that the data can bring.
         micro: images in a forward pass.
     Raises:
-        UserError: the model cannot be built.
+        UserError: the model cannot be built, or has more queries than cells.
     """
     live = LiveBytes(granule=512 if layout.on_gpu else 64)
     with torch.random.fork_rng(devices=[]):
         model = models.build(recipe, demands.num_classes, device="meta", load_weights=False)
+    models.check_cells(recipe, model)
     kernels = as_on_gpu() if layout.on_gpu else nullcontext()
     with kernels, FakeTensorMode(allow_non_fake_inputs=True), live:
         try:

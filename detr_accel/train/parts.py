@@ -75,10 +75,11 @@ def build(recipe: Recipe, accelerator: Accelerator, splits: data.Splits, *, resu
     Args:
         resume: weights come from a checkpoint afterwards: none are looked for, on disk or elsewhere.
     Raises:
-        UserError: weights that cannot be had or do not fit.
+        UserError: weights that cannot be had or do not fit; more queries than cells.
     """
     num_classes = len(splits.train.classes)
     bare = models.build(recipe, num_classes, load_weights=not resume)
+    models.check_cells(recipe, bare)
     loaded, head_loaded = [], 0.0
     if recipe.model.init_from is not None and not resume:
         fresh = bare.class_rows.detach().clone()  # [C, D]

@@ -304,16 +304,6 @@ def test_inverse_sigmoid_is_finite_at_the_ends():
 # --- building, export
 
 
-@pytest.mark.parametrize("augment, eval_size", [({"scales": [320, 64]}, 320), ({"scales": [320]}, 64)])
-def test_more_queries_than_a_square_has_cells_are_refused_before_training(make_rtdetr_recipe, augment, eval_size):
-    recipe = make_rtdetr_recipe(num_queries=85)  # 64 + 16 + 4 cells, and one
-    data = recipes.Data(root="/data", square=True, eval_size=eval_size, augment=recipes.Augment(**augment))
-    with pytest.raises(UserError, match="num_queries is 85, but squares of 64 pixels have only 84 cells"):
-        models.build(recipe.model_copy(update={"data": data}), 4, load_weights=False)
-    enough = make_rtdetr_recipe(num_queries=84).model_copy(update={"data": data})
-    assert models.build(enough, 4, load_weights=False).num_queries == 84
-
-
 def test_a_new_model_says_nothing_everywhere_and_starts_at_its_anchors(make_rtdetr_recipe, make_batch):
     recipe = make_rtdetr_recipe(backbone={"name": "test_efficientnet", "weights": "none"})
     model = models.build(recipe, 4, load_weights=False).eval()

@@ -7,11 +7,12 @@ import pytest
 import torch
 from shared import load_module
 
-from detr_accel import evaluate, models
+from detr_accel import data, evaluate, models
 from detr_accel import recipe as recipes
 from detr_accel.monitor.alarms import About, Alarms, Memory
-from detr_accel.structures import Batch, Targets
-from detr_accel.train import rehearsal_data
+from detr_accel.structures import Batch, Targets, UserError
+from detr_accel.train import dry_step, parts, rehearsal_data
+from detr_accel.train.launch import make_accelerator
 from detr_accel.train.window import forward
 
 histories = load_module(Path(__file__).parents[1] / "monitor" / "test_alarms.py")
@@ -46,6 +47,21 @@ def build(queries: int):
     recipe = recipes.loads(TEXT.replace("QUERIES", str(queries)))
     torch.manual_seed(0)
     return recipe, models.build(recipe, 3), models.build_criterion(recipe, 3)
+
+
+@pytest.mark.parametrize("sizes", ["augment: {scales: [320, 64]}, eval_size: 320", "eval_size: 64"])
+def test_more_queries_than_the_smallest_square_has_cells_end_no_training_half_way(sizes):
+    """64 + 16 + 4 cells: refused before the first window, and by the plan, instead of when a window draws 64."""
+    text = TEXT.replace("{format: shapes}", f"{{format: shapes, square: true, {sizes}}}")
+    recipe = recipes.loads(text.replace("QUERIES", "85"))
+    splits = data.build(recipe)
+    refused = "num_queries is 85, but squares of 64 pixels have only 84 cells"
+    with pytest.raises(UserError, match=refused):
+        parts.build(recipe, make_accelerator("no", "cpu"), splits, resume=False)
+    with pytest.raises(UserError, match=refused):
+        dry_step.run(recipe, data.demands(recipe, splits), 1, dry_step.Layout(1, True, "no"))
+    enough = recipes.loads(text.replace("QUERIES", "84"))
+    assert parts.build(enough, make_accelerator("no", "cpu"), splits, resume=False).bare.num_queries == 84
 
 
 @pytest.mark.parametrize("queries, matched", [(500, MANY), (300, 300)])
