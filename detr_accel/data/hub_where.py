@@ -15,7 +15,7 @@ from detr_accel.structures import UserError, first_line
 VAL_NAMES = ("validation", "val", "valid", "dev")
 _NO_ROWS = re.compile(r'Instruction "([^"]+)" corresponds to no data')  # the library's words
 _WRAPPED = "An error occurred while generating the dataset"  # what is wrong is its cause
-_CAST = "Couldn't cast"
+_CAST = re.compile("Couldn't cast|Failed to parse string")  # one file's column is not of the others' type
 _FILES = {".parquet": "parquet", ".arrow": "arrow"}
 
 
@@ -144,7 +144,7 @@ def why(error: BaseException) -> tuple[str, str | None]:
     """What an error of the library says, in one line; and what to do where its files do not fit each other."""
     if str(error).startswith(_WRAPPED) and error.__cause__ is not None:
         error = error.__cause__
-    if _CAST not in str(error):
+    if not _CAST.search(str(error)):
         return first_line(error), None
     told = " ".join(str(error).split())[:400]
     return told, "its files differ in the types of their columns: write them anew with the same"

@@ -244,3 +244,13 @@ def test_files_whose_columns_cannot_be_one_are_refused_with_what_differs(tmp_pat
     train = data.build(recipe_for(tmp_path / "set", format="hub", hub={"streaming": True})).train
     with pytest.raises(UserError, match=f"shard 1 cannot be read on: {told}"):
         list(train.rows(1, 0, 1, 0))
+
+
+def test_numbers_where_another_file_has_names_are_refused_with_what_differs(tmp_path, coco, recipe_for):
+    numbers = hub_sets.IMAGES | {"objects": hub_sets.lists_of(datasets.Value("int64"))}
+    texts = hub_sets.IMAGES | {"objects": hub_sets.lists_of(datasets.Value("string"))}
+    hub_sets.write_rows(tmp_path / "set", rows_of(coco, "train"), numbers, "train-0")
+    hub_sets.write_rows(tmp_path / "set", rows_of(coco, "train", named("cat", "dog")), texts, "train-1")
+    hub_sets.write_rows(tmp_path / "set", rows_of(coco, "val"), numbers, "validation")
+    with pytest.raises(UserError, match="parse string: '.*differ in the types of their columns: write them"):
+        data.build(recipe_for(tmp_path / "set", format="hub", hub={"class_names": ["cat", "dog"]}))
