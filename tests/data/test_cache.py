@@ -261,6 +261,17 @@ def test_a_run_goes_on_with_the_cache_that_it_was_killed_with(runs):
     assert "found" in runs(60)[1]
 
 
+def test_reckoning_the_room_leaves_what_the_run_will_go_on_with(runs, folder, tmp_path):
+    killed, _, _ = runs(60)
+    killed.kill()
+    killed.join()
+    first, _ = sorted(cache.RAM.glob("*.npz"))
+    first.unlink()  # as of a run that was killed before its second split was built
+    augment = SMALL["augment"] | {"scales": [60]}
+    recipe = recipe_for(tmp_path / "c", "ram", folder, **SMALL | {"augment": augment, "workers": 0})
+    assert data.cache_room(recipe, data.build(recipe)) > 0 and len(list(cache.RAM.glob("*.npz"))) == 1
+
+
 def test_what_is_being_built_is_left_alone_until_its_builder_is_gone(runs):
     builder, _, _ = runs(60, delay=0.3, wait=False)
     deadline = time.monotonic() + 30
