@@ -159,8 +159,8 @@ def _let_go() -> None:
         os.close(file)
         del _held[file]
     for path in set(mine.values()):
-        with suppress(OSError), _locked(path, wait=False) as alone:
-            if alone and _unused(path):
+        with suppress(OSError), _locked(path):  # who has it looks only: nobody builds what is there
+            if _unused(path):
                 _remove(path)
 
 

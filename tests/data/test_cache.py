@@ -254,6 +254,25 @@ def test_the_last_of_two_runs_that_share_a_cache_removes_it(runs):
     assert list(cache.RAM.iterdir()) == []
 
 
+def test_of_two_that_end_at_once_one_removes_it(runs, monkeypatch):
+    """One looks whether the other still uses it, which lets it go meanwhile."""
+    plain = cache._unused
+
+    def slow(path: Path) -> bool:
+        found = plain(path)
+        time.sleep(0.4)
+        return found
+
+    monkeypatch.setattr(cache, "_unused", slow)
+    (one, _, end_one), (two, _, end_two) = runs(60), runs(60)
+    end_one.set()
+    time.sleep(0.2)
+    end_two.set()
+    one.join(30)
+    two.join(30)
+    assert list(cache.RAM.iterdir()) == []
+
+
 def test_a_run_goes_on_with_the_cache_that_it_was_killed_with(runs):
     killed, _, _ = runs(60)
     killed.kill()
