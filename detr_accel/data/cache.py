@@ -37,7 +37,7 @@ from detr_accel.data.source import Source
 from detr_accel.structures import Sample, UserError, writing
 
 VERSION = 3
-RAM = Path("/dev/shm/detr_accel")  # a file system in memory
+RAM = Path(f"/dev/shm/detr_accel-{getattr(os, 'getuid', int)()}")  # a file system in memory; a user's own
 _SPARE = 0.9  # of what is free, at most
 
 
