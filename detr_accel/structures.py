@@ -238,4 +238,5 @@ class StepStats:
     sections: dict[str, float] = field(default_factory=dict)  # seconds of this process since the window before, by part
     loader: LoaderTime = field(default_factory=LoaderTime)  # what making this process's images took
     workers: int = 0  # loader processes that made them
+    prefetch: int = 2  # micro-batches that each of these keeps ready
     memory_fraction: float | None = None  # how much of the device's memory is taken; None where nobody looked

@@ -49,6 +49,7 @@ def commands(path: Path) -> list[str]:
 
 
 # through `accelerate launch` itself; the others start warm, which torch's thread pool does not always survive in `plan`
+LONG = ("docs/rehearsal.md", "docs/overfitting.md")  # minutes: left to the slow tests
 REAL = ("README.md", "docs/rehearsal.md", "docs/out-of-memory.md")
 
 
@@ -92,7 +93,7 @@ def run(place: Path, command: str) -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in TEXTS])
 def test_the_commands_run_as_they_stand(place, name):
     found = commands(ROOT / name)
     assert found

@@ -37,7 +37,7 @@ from detr_accel.data.source import Source
 from detr_accel.structures import Sample, UserError, writing
 
 VERSION = 3
-RAM = Path("/dev/shm/detr_accel")  # a file system in memory
+RAM = Path(f"/dev/shm/detr_accel-{getattr(os, 'getuid', int)()}")  # a file system in memory; a user's own
 _SPARE = 0.9  # of what is free, at most
 
 
@@ -111,7 +111,7 @@ def cached(
         there = _whole(path, sizes)
         if not there:
             if kind == "ram":
-                sweep(but=path)
+                sweep(but=[path])
             _check_room(folder, kind, gib)
             _build(source, path, sizes, exact, workers, progress)
         if kind == "ram":
@@ -121,16 +121,17 @@ def cached(
     return CachedSource(source, path), f"cache: {len(source)} images, {gib:.2f} GiB in {where}, {how}"
 
 
-def sweep(but: Path | None = None) -> float:
+def sweep(but: Iterable[Path] = ()) -> float:
     """Remove what runs that were killed left in memory: caches that no living process uses, whole or half built.
 
     Args:
-        but: RAM/KEY of one whose lock the caller has: to open that here would lose it.
+        but: RAM/KEY of those that stay: that the caller will use, or whose lock it has, as to open that here would
+            lose it.
     Returns:
         GiB that were removed.
     """
     freed = 0
-    for path in sorted({RAM / p.name.partition(".")[0] for p in RAM.glob("*.*")} - {but}):
+    for path in sorted({RAM / p.name.partition(".")[0] for p in RAM.glob("*.*")}.difference(but)):
         with suppress(OSError), _locked(path, wait=False) as mine:
             if mine and _unused(path):
                 size = sum(p.stat().st_blocks * 512 for p in RAM.glob(f"{path.name}.*"))
@@ -158,8 +159,8 @@ def _let_go() -> None:
         os.close(file)
         del _held[file]
     for path in set(mine.values()):
-        with suppress(OSError), _locked(path, wait=False) as alone:
-            if alone and _unused(path):
+        with suppress(OSError), _locked(path):  # who has it looks only: nobody builds what is there
+            if _unused(path):
                 _remove(path)
 
 
@@ -183,15 +184,18 @@ def room(splits: Iterable[tuple[Source, dict]], kind: str, folder: Path) -> floa
     Raises:
         UserError: no room for them.
     """
-    folder, wanted = RAM if kind == "ram" else folder.expanduser(), 0.0
+    folder, wanted, there = RAM if kind == "ram" else folder.expanduser(), 0.0, []
     for source, how in splits:
         path, sizes, gib = _plan(source, folder, **how)
-        wanted += 0.0 if _whole(path, sizes) else gib
+        if _whole(path, sizes):
+            there.append(path)
+        else:
+            wanted += gib
     if wanted:
         if kind == "ram":
-            sweep()
-        there = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
-        _check_room(there, kind, wanted)
+            sweep(but=there)
+        place = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
+        _check_room(place, kind, wanted)
     return wanted
 
 

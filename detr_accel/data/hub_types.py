@@ -30,6 +30,8 @@ def told(kind: Any) -> str:
         length = getattr(kind, "length", -1)
         return f"lists of {f'{length} ' if length >= 0 else ''}{told(of)}"
     dtype = getattr(kind, "dtype", None)
+    if hasattr(kind, "shape"):
+        return f"arrays of {dtype}"
     return "nothing but null" if dtype == "null" else str(dtype or type(kind).__name__)
 
 
@@ -89,7 +91,8 @@ def check_image(kind: Any, name: str, where: str) -> None:
 
     if isinstance(kind, Mapping):
         data, path = kind.get("bytes"), kind.get("path")
-        fits = _is_bytes(data) or (data is None and is_text(path))
+        empty = data is None or getattr(data, "dtype", None) == "null"  # so written where every row has a path alone
+        fits = _is_bytes(data) or (empty and is_text(path))
     else:
         fits = isinstance(kind, datasets.Image) or is_text(kind) or _is_bytes(kind)
     if not fits:

@@ -15,7 +15,8 @@ from detr_accel.structures import UserError, first_line
 VAL_NAMES = ("validation", "val", "valid", "dev")
 _NO_ROWS = re.compile(r'Instruction "([^"]+)" corresponds to no data')  # the library's words
 _WRAPPED = "An error occurred while generating the dataset"  # what is wrong is its cause
-_CAST = "Couldn't cast"
+_CONFIG = re.compile("Config name is missing|BuilderConfig '.*' not found")
+_CAST = re.compile("Couldn't cast|Failed to parse string")  # one file's column is not of the others' type
 _FILES = {".parquet": "parquet", ".arrow": "arrow"}
 
 
@@ -141,13 +142,15 @@ def told_length(dataset: Any, split: str) -> int | None:
 
 
 def why(error: BaseException) -> tuple[str, str | None]:
-    """What an error of the library says, in one line; and what to do where its files do not fit each other."""
+    """What an error of the library says, in one line; and what to do, where it is plain."""
     if str(error).startswith(_WRAPPED) and error.__cause__ is not None:
         error = error.__cause__
-    if _CAST not in str(error):
-        return first_line(error), None
     told = " ".join(str(error).split())[:400]
-    return told, "its files differ in the types of their columns: write them anew with the same"
+    if _CAST.search(told):
+        return told, "its files differ in the types of their columns: write them anew with the same"
+    if _CONFIG.match(told):
+        return told, "set data.hub.config to one of them"
+    return first_line(error), None
 
 
 class _opening:
@@ -162,11 +165,11 @@ class _opening:
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
         if error is None or isinstance(error, UserError) or not isinstance(error, Exception):
             return
-        reason, unlike = why(error)
+        reason, remedy = why(error)
         if empty := _NO_ROWS.search(reason):
             raise no_rows(f"{self.where}, split {empty[1]}") from None
-        if unlike:
-            what = unlike
+        if remedy:
+            what = remedy
         elif self.where.on_disk:
             what = "give a folder with parquet files, or with images and a metadata.jsonl, or a .parquet file"
         else:

@@ -158,8 +158,8 @@ class StreamSource:
                 only = only.with_format("arrow")
                 yield from (only.skip(first * size) if first else only).iter(batch_size=size)
         except Exception as error:  # of the network, the file system, Arrow or the library
-            reason, unlike = hub_where.why(error)
-            what = unlike or "go on with --resume once it can"
+            reason, remedy = hub_where.why(error)
+            what = remedy or "go on with --resume once it can"
             raise UserError(f"{self.title}: shard {shard} cannot be read on: {reason}; {what}") from error
 
     def _tables(self, rows: Iterator[dict], size: int) -> Iterator[Any]:

@@ -19,6 +19,7 @@ GIB = 2**30
 _SHM = Path("/dev/shm")
 _SHM_SHARE, _MEMORY_SHARE = 0.8, 0.5  # of what is free there, at most
 _PROCESS_BYTES = 512 * 2**20  # what a loader process takes beside its batches, at most
+_UNSEEN_PX = 12 * 10**6  # of an image that comes whole, where nobody knows its size: a photograph's
 _FIRST = 2  # processes to begin with, before anything is measured
 
 
@@ -130,14 +131,15 @@ def decoded_bytes(
     Args:
         sizes_px: (h, w) of the images, in pixels.
         scaled: they come no larger than ``decode.decoded_px`` says, as files do; else whole.
-        seen: the sizes are theirs; else they are shapes, and an image of each may have any number of pixels.
+        seen: the sizes are theirs; else they are shapes, and an image of each may have any number of pixels; one that
+            comes whole is counted as a photograph.
     """
     whole = not scaled or (strong is not None and strong.crops_originals())
     most = 1
     for h, w in set(sizes_px):
         a, b = largest_first((h, w), policy)
         if whole:
-            most = max(most, h * w)
+            most = max(most, h * w if seen else _UNSEEN_PX)
         elif seen:
             most = max(most, math.prod(decoded_px((h, w), (a, b))))
         else:

@@ -25,7 +25,7 @@ def device_starved(now: StepStats, past: Past, about: About) -> Alarm | None:
         )
     feed = feeding.Feed(
         waited / total, cost, (total - waited) / WINDOWS, spent.images / WINDOWS, now.workers, about.cores,
-        about.cached, streamed=about.streamed,
+        about.cached, now.prefetch, about.streamed,
     )  # fmt: skip
     times = f"read {1e3 * cost.read:.1f}, decode {1e3 * cost.decode:.1f}, pixels {1e3 * cost.pixels:.1f}"
     return Alarm(f"{since} {feeding.judge(feed).text} (a loader process's ms per image: {times})")

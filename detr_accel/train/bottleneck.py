@@ -104,8 +104,8 @@ def _evaluations(recipe: Recipe) -> float:
 
 
 def _train(built: Parts, state: State, seconds: float) -> tuple[dict[str, float], int, float, LoaderTime, str]:
-    """Seconds per window by section, windows seen, their images, what making all of them took, and what is said
-    about the loader."""
+    """Seconds per window by section, windows seen, their images, what making these took, and what is said about the
+    loader."""
     clock, o = Stopwatch(built.accelerator.device), built.recipe.optim
     built.runner.clock = clock
     stream = Feeder(built, 0, state.micro, skipped=1, measured=WARM_WINDOWS - 1)
@@ -133,7 +133,7 @@ def _train(built: Parts, state: State, seconds: float) -> tuple[dict[str, float]
             loader += spent
             if windows == WARM_WINDOWS:  # workers start, kernels are chosen
                 clock.take()
-                begun, counted, seen = time.perf_counter(), windows, images
+                begun, counted, seen, loader = time.perf_counter(), windows, images, LoaderTime()
             if windows > WARM_WINDOWS and time.perf_counter() - begun > seconds:
                 break
     finally:

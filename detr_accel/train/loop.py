@@ -11,7 +11,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -166,7 +166,7 @@ def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal
             accepted = turn.commit(state, result, micro_batches)
         sinks.phases.begin(None)
         stats = _stats(result, state, built.length, lr, accepted, time.perf_counter() - begun, wait_seconds)
-        stats = replace(stats, sections=clock.take(), loader=loader, workers=windows.by.workers)
+        stats = replace(stats, sections=clock.take(), loader=loader, **asdict(windows.by))
         sinks.tick(stats)
         turn.judge(stats)
         if state.window % recipe.log.every == 0 or state.window == built.length.total or not result.finite:

@@ -254,11 +254,41 @@ def test_the_last_of_two_runs_that_share_a_cache_removes_it(runs):
     assert list(cache.RAM.iterdir()) == []
 
 
+def test_of_two_that_end_at_once_one_removes_it(runs, monkeypatch):
+    """One looks whether the other still uses it, which lets it go meanwhile."""
+    plain = cache._unused
+
+    def slow(path: Path) -> bool:
+        found = plain(path)
+        time.sleep(0.4)
+        return found
+
+    monkeypatch.setattr(cache, "_unused", slow)
+    (one, _, end_one), (two, _, end_two) = runs(60), runs(60)
+    end_one.set()
+    time.sleep(0.2)
+    end_two.set()
+    one.join(30)
+    two.join(30)
+    assert list(cache.RAM.iterdir()) == []
+
+
 def test_a_run_goes_on_with_the_cache_that_it_was_killed_with(runs):
     killed, _, _ = runs(60)
     killed.kill()
     killed.join()
     assert "found" in runs(60)[1]
+
+
+def test_reckoning_the_room_leaves_what_the_run_will_go_on_with(runs, folder, tmp_path):
+    killed, _, _ = runs(60)
+    killed.kill()
+    killed.join()
+    first, _ = sorted(cache.RAM.glob("*.npz"))
+    first.unlink()  # as of a run that was killed before its second split was built
+    augment = SMALL["augment"] | {"scales": [60]}
+    recipe = recipe_for(tmp_path / "c", "ram", folder, **SMALL | {"augment": augment, "workers": 0})
+    assert data.cache_room(recipe, data.build(recipe)) > 0 and len(list(cache.RAM.glob("*.npz"))) == 1
 
 
 def test_what_is_being_built_is_left_alone_until_its_builder_is_gone(runs):

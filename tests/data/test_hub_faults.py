@@ -244,3 +244,29 @@ def test_files_whose_columns_cannot_be_one_are_refused_with_what_differs(tmp_pat
     train = data.build(recipe_for(tmp_path / "set", format="hub", hub={"streaming": True})).train
     with pytest.raises(UserError, match=f"shard 1 cannot be read on: {told}"):
         list(train.rows(1, 0, 1, 0))
+
+
+def test_numbers_where_another_file_has_names_are_refused_with_what_differs(tmp_path, coco, recipe_for):
+    numbers = hub_sets.IMAGES | {"objects": hub_sets.lists_of(datasets.Value("int64"))}
+    texts = hub_sets.IMAGES | {"objects": hub_sets.lists_of(datasets.Value("string"))}
+    hub_sets.write_rows(tmp_path / "set", rows_of(coco, "train"), numbers, "train-0")
+    hub_sets.write_rows(tmp_path / "set", rows_of(coco, "train", named("cat", "dog")), texts, "train-1")
+    hub_sets.write_rows(tmp_path / "set", rows_of(coco, "val"), numbers, "validation")
+    with pytest.raises(UserError, match="parse string: '.*differ in the types of their columns: write them"):
+        data.build(recipe_for(tmp_path / "set", format="hub", hub={"class_names": ["cat", "dog"]}))
+
+
+@pytest.mark.parametrize("config", [None, "three"])
+def test_a_set_with_several_configurations_lists_them(tmp_path, coco, recipe_for, config):
+    card = "---\nconfigs:\n"
+    for name in ("one", "two"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for split in ("train", "validation"):
+            hub_sets.write_rows(tmp_path / "set" / name, rows_of(coco, "val"), kinds(), split)
+        card += f"- config_name: {name}\n  data_dir: {name}\n"
+    (tmp_path / "set/README.md").write_text(f"{card}---\n")
+    with pytest.raises(UserError, match="'one', 'two'.*; set data.hub.config to one of them$") as refused:
+        data.build(recipe_for(tmp_path / "set", format="hub", hub={"config": config}))
+    assert "\n" not in str(refused.value)
+    for name in ("one", "two"):
+        assert data.build(recipe_for(tmp_path / "set", format="hub", hub={"config": name})).train.num_targets()

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from detr_accel import data
+from detr_accel.data import hub_types
 from detr_accel.structures import UserError
 
 F64, I64, STR, L = pa.float64(), pa.int64(), pa.string(), pa.list_
@@ -107,6 +108,7 @@ READ = {  # columns, data.hub
     "image_bytes": (images(png, pa.large_binary()), {}),
     "image_without_path": (images(lambda i: {"bytes": png(i)}), {}),
     "image_without_bytes": (images(lambda i: {"path": f"{i}.png"}), {}),
+    "image_bytes_null": (images(lambda i: {"bytes": None, "path": f"{i}.png"}), {}),
 }
 REFUSED = {  # columns, data.hub, what is said
     "box_is_text": (lists(each(str), L(STR)), {}, "'bbox' does not hold lists of four numbers, but string .*hub.box"),
@@ -139,6 +141,7 @@ REFUSED = {  # columns, data.hub, what is said
     "image_pixels": (images(lambda i: [[[i]]]), {}, "'image' holds lists of lists of lists of int64"),
     "image_struct": (images(lambda i: {"a": i}), {}, r"'image' holds structs .a., and neither"),
     "image_list": (images(lambda i: [png(i)]), {}, "'image' holds lists of binary"),
+    "image_struct_null": (images(lambda i: {"bytes": None, "path": None}), {}, r"'image' holds structs .bytes, path."),
     "image_empty": (images(lambda i: {"bytes": None, "path": ""}, FILE), {}, "none of its images .* has no image"),
     "image_encoded_as_text": (images(lambda i: "aGVsbG8=" * 999), {}, "6 of 6 image files looked at are not there"),
 }  # fmt: skip
@@ -201,3 +204,9 @@ def test_a_crowd_said_in_words_is_one(opened):
     crowd = lists(iscrowd=(each(lambda box: "True" if box[0] == 4 else "False"), STRS))
     _, splits = opened(crowd, {}, False)
     assert splits.val.table.crowd.tolist() == [False, False, False, True, False, False]
+
+
+def test_an_array_is_told_from_a_number():
+    import datasets
+
+    assert hub_types.told(datasets.Array2D((1, 4), "float32")) == "arrays of float32"

@@ -125,6 +125,15 @@ def test_what_is_no_file_comes_whole():
     assert workers.decoded_bytes([(3024, 4032)], policy, None) < 3 * 3024 * 4032 / 4
 
 
+def test_of_a_stream_that_is_cut_at_its_own_size_a_photograph_is_counted():
+    """Nobody knows how large an image of it is: what is counted must leave room for loader processes all the same."""
+    policy = Augmentation(0.5, (800,), 1333, 0.5, (400, 600), (384, 600))
+    cut = augment.Strong(100, iou_crop=augment.IouCrop(0.5, 0.0, 1.0, (0.3,), 0.5))
+    huge = workers.decoded_bytes([(10**6, 10**6)], policy, cut, seen=False)
+    assert workers.decoded_bytes([(3000, 4000)], policy, cut) == huge
+    assert workers.decoded_bytes([(10**6, 10**6)], policy, None, seen=False) < huge
+
+
 FILES = {"photograph": ".jpg", "drawing": ".png", "turned": ".jpg"}
 
 

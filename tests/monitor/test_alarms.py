@@ -207,6 +207,13 @@ def test_a_starved_device_names_what_the_loader_does_and_what_helps(spent, worke
     assert feeding.judge(feed).text in text
 
 
+@pytest.mark.parametrize(("prefetch", "words"), [(2, "data.prefetch=4 "), (6, "data.prefetch=12 "), (10, "10 micro-b")])
+def test_no_fewer_micro_batches_are_proposed_than_are_kept_ready(prefetch, words):
+    spent = LoaderTime(0.1, 0.2, 0.1, 8)
+    ((_, _, text),) = raised(run(60, after(0, wait_seconds=0.6, loader=spent, workers=8, prefetch=prefetch)), About())
+    assert words in text, text
+
+
 @pytest.mark.parametrize(
     ("spent", "words", "never"),
     [

@@ -63,6 +63,21 @@ def test_a_slow_disk(tmp_path, monkeypatch):
     assert found.image.read > 0.07 and "data.cache" in found.verdict.text
 
 
+@pytest.mark.slow
+def test_what_the_first_windows_took_counts_no_more_than_their_waiting(tmp_path, monkeypatch):
+    """Such as the first rows of a stream far away: else a start would be blamed for the waiting of all that follows."""
+    plain, slow_ones = decode.read_bytes, iter(range(4))
+
+    def slow_at_first(path):
+        if next(slow_ones, None) is not None:
+            time.sleep(0.8)
+        return plain(path)
+
+    monkeypatch.setattr(decode, "read_bytes", slow_at_first)
+    found = look(text=on_files(folder_of(tmp_path / "set", (64, 80))))
+    assert 0 < found.image.read < 5e-3, found.table()
+
+
 def test_huge_jpegs(tmp_path):
     text = on_files(folder_of(tmp_path / "set", (2400, 3200), 8)).replace("prefetch: 2", "prefetch: 1")
     found = look(text=text)

@@ -92,7 +92,11 @@ RTDETR = [
 
 @pytest.mark.parametrize(
     "micro, settings",
-    [(4, []), (1, ["batch.size=2"]), (4, ["model.activation_checkpointing=[encoder,decoder]", "precision=bf16"])],
+    [
+        (4, []),
+        pytest.param(1, ["batch.size=2"], marks=pytest.mark.slow),
+        (4, ["model.activation_checkpointing=[encoder,decoder]", "precision=bf16"]),
+    ],
 )
 def test_so_it_is_for_rtdetr(micro, settings):
     recipe = small(*RTDETR, *settings)

@@ -104,11 +104,12 @@ def test_a_window_reads_the_device_once_a_micro_batch_and_twice(layouts, detecto
 def test_a_canvas_is_the_planned_one_where_its_largest_images_are_lost():
     """On one process the canvas stays the window's, too: whose images are lost does not change the others' padding."""
     runner = object.__new__(WindowRunner)
+    runner.criterion = SimpleNamespace(noise=None)
     runner.own_canvas, runner.accelerator = True, SimpleNamespace(device=torch.device("cpu"), num_processes=1)
     batches = [Batch(torch.zeros(0, 3, 64, 96), torch.zeros(0, 64, 96), [], ()) for _ in range(2)]
     assert data.largest_canvas(batches) == (64, 96) and data.largest_canvas([]) == (0, 0)
-    assert runner._largest_canvas([], data.largest_canvas(batches)) == (64, 96)
-    assert runner._largest_canvas(batches[:1], (80, 10)) == (80, 96)
+    assert runner._largest([], data.largest_canvas(batches)) == ((64, 96), 0)
+    assert runner._largest(batches[:1], (80, 10)) == ((80, 96), 0)
 
 
 def test_clipping_bounds_the_norm_or_each_component():
