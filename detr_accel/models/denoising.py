@@ -86,6 +86,11 @@ class Noise:
     label: float = 0.5
     box: float = 1.0
 
+    def most_demanding(self, most_boxes: int) -> int:
+        """What a window's most boxes would be, where as many denoising queries are made as in any window of images with
+        up to ``most_boxes``: groups come in whole numbers, so that 51 boxes make 102 queries and 50 make 200."""
+        return max(most_boxes, self.num_denoising) if most_boxes else 0
+
     def queries(
         self, targets: Sequence[Targets], generators: Sequence[np.random.Generator], num_classes: int, most_boxes: int
     ) -> DenoisingQueries | None:

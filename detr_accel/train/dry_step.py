@@ -228,7 +228,7 @@ def _targets(count: int, demands: data.Demands) -> list[Targets]:
 
 def _denoising(noise: Noise | None, count: int, most: int) -> DenoisingQueries | None:
     """Of the right size: making real ones would look at values that are not there."""
-    size = None if noise is None else DenoisingSize.of(most, noise.num_denoising)
+    size = None if noise is None else DenoisingSize.of(noise.most_demanding(most), noise.num_denoising)
     if size is None:
         return None
     labels = torch.zeros(count, size.num_queries, dtype=torch.int64)

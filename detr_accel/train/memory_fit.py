@@ -204,7 +204,8 @@ def _forward_backward(parts: Parts, batch: Batch) -> None:
     parts.runner.forward_state.remember()
     device = parts.accelerator.device
     counts = parts.criterion.normalisers(parts.criterion.count(batch.targets).to(device))
-    denoising = parts.criterion.disturb(batch, max(len(t.labels) for t in batch.targets), seed=0)
+    noise, most = parts.criterion.noise, max(len(t.labels) for t in batch.targets)
+    denoising = parts.criterion.disturb(batch, noise.most_demanding(most) if noise else most, seed=0)
     batch = batch.to(device)
     with parts.accelerator.autocast():
         outputs, denoising = forward(parts.bare, batch, denoising)

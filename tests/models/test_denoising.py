@@ -31,6 +31,18 @@ def test_as_many_groups_as_the_wanted_number_holds_and_one_at_least(most, wanted
     assert (size.num_groups, size.num_slots, size.num_queries) == (groups, most, 2 * groups * most)
 
 
+@pytest.mark.parametrize("wanted", [0, 1, 12, 100])
+def test_the_most_demanding_window_makes_as_many_queries_as_any(wanted):
+    noise = Noise(wanted)
+
+    def made(boxes):
+        size = DenoisingSize.of(boxes, wanted)
+        return 0 if size is None else size.num_queries
+
+    for most in (0, 1, 7, 51, 99, 100, 101, 150):
+        assert made(noise.most_demanding(most)) == max(made(boxes) for boxes in range(most + 1))
+
+
 def test_a_window_without_boxes_or_a_recipe_without_denoising_has_none():
     assert DenoisingSize.of(0, 100) is None and DenoisingSize.of(5, 0) is None
     assert queries([0, 0])[1] is None
