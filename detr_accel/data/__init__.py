@@ -29,6 +29,7 @@ from detr_accel.data.sizes import (
     base_policy,
     demands,
     evaluated,
+    finest_stride,
     image_sizes,
     loading,
     pixels_on_device,
@@ -173,8 +174,7 @@ def check(
     """
     if recipe.data.format == "shapes":
         raise UserError("check-data looks at data sets of people; data.format is shapes, which are made on the fly")
-    e, stride = recipe.data, 8 if recipe.model.name == "rtdetr" else 16 if recipe.model.backbone.dc5 else 32
-    model = checks.Model(stride, recipe.model.num_queries, *evaluated(recipe))
+    e, model = recipe.data, checks.Model(finest_stride(recipe), recipe.model.num_queries, *evaluated(recipe))
     if e.format == "hub":
         splits = hub_opening.to_check(_asked(recipe))
     else:

@@ -126,6 +126,14 @@ def evaluated(recipe: Recipe) -> tuple[int, int, bool]:
     return recipe.data.eval_size, recipe.data.eval_max_size, recipe.data.square
 
 
+def finest_stride(recipe: Recipe) -> int:
+    """Pixels to a cell of the finest map that the detector looks at, with a backbone that ends at stride 32."""
+    model = recipe.model
+    if model.name == "rtdetr":
+        return 64 >> len(model.rtdetr.num_points)
+    return 16 if model.backbone.dc5 else 32
+
+
 def base_policy(recipe: Recipe, num_images: int) -> Augmentation:
     """The detector's own augmentation, without what is stronger."""
     a = recipe.data.augment

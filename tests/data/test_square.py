@@ -144,7 +144,17 @@ def test_a_long_image_is_decoded_whole_for_its_square_and_counted_so():
     assert workers.decoded_bytes([(4000, 4000)], policy, None) == 3 * 1000 * 1000, "a quarter"
 
 
-def test_check_data_measures_boxes_on_the_squares():
-    recipe = recipes.loads("data: {root: /x, square: true, eval_size: 640}\nmodel: {name: rtdetr}")
-    words = data.checks.Model(8, recipe.model.num_queries, *data.sizes.evaluated(recipe)).words()
-    assert words == "stride 8 px, 300 queries, images squeezed to 640x640"
+@pytest.mark.parametrize(
+    "model, words",
+    [
+        ("{name: rtdetr}", "stride 8 px, 300 queries"),
+        ("{name: rtdetr, rtdetr: {num_points: [4, 4, 4, 4]}}", "stride 4 px, 300 queries"),
+        ("{name: rtdetr, rtdetr: {num_points: [4, 4]}}", "stride 16 px, 300 queries"),
+        ("{backbone: {dc5: true}}", "stride 16 px, 100 queries"),
+    ],
+)
+def test_check_data_measures_boxes_on_the_squares_and_by_the_finest_map(model, words, monkeypatch):
+    recipe = recipes.loads(f"data: {{root: /x, square: true, eval_size: 640}}\nmodel: {model}")
+    monkeypatch.setattr(data.opening, "to_check", lambda *args: [])
+    monkeypatch.setattr(data.checks, "check", lambda splits, model, **options: model.words())
+    assert data.check(recipe) == f"{words}, images squeezed to 640x640"
