@@ -22,8 +22,8 @@ from detr_accel.structures import Classes, UserError
 
 KINDS = ("rt_detr", "rt_detr_v2")
 _KEPT_CONFIG, _KEPT_PREPROCESSOR = "transformers_config", "transformers_preprocessor"
-_CATEGORY_IDS = "category_ids"  # ours: transformers keeps and ignores keys that it does not know
-_NO_NAME = "N/A"
+CATEGORY_IDS = "category_ids"  # ours: transformers keeps and ignores keys that it does not know
+NO_NAME = "N/A"
 _ACTIVATIONS = ("relu", "silu")
 _SAMPLING = {"default": "bilinear", "discrete": "discrete"}
 _IMAGENET = [0.485, 0.456, 0.406, 0.229, 0.224, 0.225]
@@ -76,7 +76,7 @@ def write(loaded: Loaded, folder: Path) -> list[str]:
     kept = loaded.meta.get(_KEPT_CONFIG)
     config = dict(kept or _config(loaded))
     if kept is None or _classes(kept, len(loaded.classes), folder, strict=False) != loaded.classes:
-        config |= _class_entries(loaded.classes)
+        config |= class_entries(loaded.classes)
     state = keymaps.to_transformers(loaded.state_dict, loaded.meta.get("heads_twice", False))
     if config["model_type"] == "rt_detr_v2":
         state |= _points_scale(loaded)
@@ -162,8 +162,8 @@ def _classes(config: dict, num: int, folder: Path, strict: bool = True) -> Class
         if not strict:
             return None
         raise UserError(f"{folder}: config.json names {len(table)} labels, but the head has {num}")
-    names = tuple(None if table[i] == _NO_NAME else table[i] for i in range(num))
-    ids = config.get(_CATEGORY_IDS)
+    names = tuple(None if table[i] == NO_NAME else table[i] for i in range(num))
+    ids = config.get(CATEGORY_IDS)
     if not isinstance(ids, list) or len(ids) != num:
         if are_coco_80(names):
             return coco_80()
@@ -171,12 +171,13 @@ def _classes(config: dict, num: int, folder: Path, strict: bool = True) -> Class
     return Classes(names, tuple(ids))
 
 
-def _class_entries(classes: Classes) -> dict:
-    names = [_NO_NAME if name is None else name for name in classes.names]
+def class_entries(classes: Classes) -> dict:
+    """The class table as transformers' config.json has it, and our category ids."""
+    names = [NO_NAME if name is None else name for name in classes.names]
     return {
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
-        _CATEGORY_IDS: list(classes.category_ids),
+        CATEGORY_IDS: list(classes.category_ids),
     }
 
 

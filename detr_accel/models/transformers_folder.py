@@ -18,9 +18,7 @@ from detr_accel.models.keymaps import MASKED, from_transformers, is_counter, is_
 from detr_accel.models.weights import Loaded
 from detr_accel.structures import Classes, UserError
 
-_NO_NAME = "N/A"
 _KEPT_CONFIG = "transformers_config"
-_CATEGORY_IDS = "category_ids"  # ours: transformers keeps and ignores keys that it does not know
 _RESNET_PARTS = {"conv1", "bn1", "maxpool", "layer1", "layer2", "layer3", "layer4"}
 
 
@@ -70,7 +68,7 @@ def write(loaded: Loaded, folder: Path) -> None:
             "normalisations together with their activation), so only ResNets are written for it; keep this detector in "
             "our format or export it"
         )
-    config = {**(loaded.meta.get(_KEPT_CONFIG) or _config(loaded)), **_class_entries(loaded.classes)}
+    config = {**(loaded.meta.get(_KEPT_CONFIG) or _config(loaded)), **rtdetr_folder.class_entries(loaded.classes)}
     state = to_transformers(loaded.state_dict, own_resnet=_own_resnet(config))
     folder.mkdir(parents=True)
     save_file({k: v.contiguous() for k, v in state.items()}, folder / weights.MODEL, metadata={"format": "pt"})
@@ -121,8 +119,8 @@ def _classes(config: dict, num_labels: int, folder: Path, report: list[str]) -> 
     if num_labels == NUM_LABELS and all(table[i] == name for i, name in COCO_NAMES.items()):
         report.append("class table: COCO's 80 names at their category ids (91 labels)")
         return coco_91()  # some configs name the gaps too (12: street sign); no category uses them
-    names = tuple(None if table[i] == _NO_NAME else table[i] for i in range(num_labels))
-    ids = config.get(_CATEGORY_IDS)
+    names = tuple(None if table[i] == rtdetr_folder.NO_NAME else table[i] for i in range(num_labels))
+    ids = config.get(rtdetr_folder.CATEGORY_IDS)
     if not isinstance(ids, list) or len(ids) != num_labels:
         ids = [None if name is None else i for i, name in enumerate(names)]
     report.append(f"class table: {num_labels} labels from config.json")
@@ -160,15 +158,6 @@ def _config(loaded: Loaded) -> dict:
         "activation_function": "relu",
         "position_embedding_type": "sine",
         "eos_coefficient": loaded.recipe.loss.eos_coef,
-    }
-
-
-def _class_entries(classes: Classes) -> dict:
-    names = [_NO_NAME if name is None else name for name in classes.names]
-    return {
-        "id2label": {str(i): name for i, name in enumerate(names)},
-        "label2id": {name: i for i, name in enumerate(names)},
-        _CATEGORY_IDS: list(classes.category_ids),
     }
 
 

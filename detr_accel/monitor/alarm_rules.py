@@ -348,7 +348,7 @@ def nothing_learns(now: StepStats, past: Past, about: About) -> Alarm | None:
         )
     return Alarm(
         f"no weight moves: the gradient of every group that has a learning rate is 0 at window {now.window}; look at "
-        "the weights in loss.ce (RT-DETR: loss.vfl), loss.bbox and loss.giou, and at what is frozen",
+        "the weights in loss.ce (RT-DETR: loss.vfl or loss.mal), loss.bbox and loss.giou, and at what is frozen",
         "ERROR",
     )
 

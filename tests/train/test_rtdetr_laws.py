@@ -74,9 +74,13 @@ def test_out_of_memory_is_the_run_that_switched_without_need(runs):
 
 
 def test_running_statistics_and_their_average_are_kept(runs):
-    names = {n for n in inject.weights(runs / "clean") if n.endswith("running_var")}
-    assert any(n.startswith("model/encoder.fpn_blocks") for n in names), "in the average"
-    assert any(n.startswith("raw/encoder.fpn_blocks") for n in names) and any("backbone" in n for n in names)
+    saved = {n: v for n, v in inject.weights(runs / "clean").items() if n.endswith("running_var")}
+    averaged = {n.removeprefix("model/"): v for n, v in saved.items() if n.startswith("model/")}
+    trained = {n.removeprefix("raw/"): v for n, v in saved.items() if n.startswith("raw/")}
+    assert averaged.keys() == trained.keys() and any(n.startswith("encoder.fpn_blocks") for n in trained)
+    for name, value in trained.items():
+        assert not value.eq(1).all() or "backbone" in name, f"{name} saw no image"
+        assert value.eq(averaged[name]).all(), f"{name} is a buffer: copied, not averaged"
 
 
 @pytest.mark.law5
