@@ -71,13 +71,13 @@ def refused(result: tuple[int, str], *words: str) -> None:
         assert word in verdict
 
 
-def broken(monkeypatch, fault: str) -> None:
+def broken(monkeypatch, fault: str, python: list[str] | None = None) -> None:
     """The children are started with a fault in them."""
-    start_as(monkeypatch, [str(FAULTS)], FAULT=fault)
+    start_as(monkeypatch, [str(FAULTS)], python, FAULT=fault)
 
 
-def start_as(monkeypatch, program: list[str], **env: str) -> None:
-    """The children are another program, started warm."""
+def start_as(monkeypatch, program: list[str], python: list[str] | None = None, **env: str) -> None:
+    """The children are another program, started warm if no ``python`` is named."""
 
     def kill(child: Child) -> None:
         plain_kill(child)
@@ -85,7 +85,7 @@ def start_as(monkeypatch, program: list[str], **env: str) -> None:
 
     plain_kill = Child.kill
     monkeypatch.setattr(Child, "kill", kill)
-    starter = Starter([*warm.python(), *program], PLAIN().env | env)
+    starter = Starter([*(python or warm.python()), *program], PLAIN().env | env)
     monkeypatch.setattr(Starter, "as_started", classmethod(lambda cls: starter))
 
 
@@ -118,7 +118,7 @@ def test_a_healthy_recipe_is_safe_to_leave_and_leaves_no_trace(place):
 @pytest.mark.slow
 def test_two_processes_rehearse_as_one_launch(place):
     arguments = [*SHAPES[2:], "--rehearse", "--rehearse-minutes", "0.3"]
-    done = runs.launch(place, *arguments, processes=2, timeout=600)
+    done = runs.launch(place, *arguments, launcher=[*runs.REAL, "2"], timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.count("safe to leave") == 1 and "2 processes" in done.stdout
     assert "bit for bit the run that was not killed" in done.stdout
@@ -356,7 +356,7 @@ def test_a_learning_rate_that_diverges(place, capsys):
 
 @pytest.mark.slow
 def test_a_checkpoint_that_a_run_cannot_go_on_from(place, capsys, monkeypatch):
-    broken(monkeypatch, "forgetful_checkpoint")
+    broken(monkeypatch, "forgetful_checkpoint", [sys.executable])  # forked from a warm one, torch's thread pool is lost
     found = rehearse(capsys, *SHAPES)
     refused(found, "resume: ", "tensors differ from the run that was not killed")
     assert list(place.glob("runs/.rehearsal-r/**/checkpoints")) == [], "the weights go, the words stay"
