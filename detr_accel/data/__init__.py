@@ -28,9 +28,9 @@ from detr_accel.data.shapes import ShapesSource
 from detr_accel.data.sizes import (
     base_policy,
     demands,
+    eval_sizes,
     evaluated,
     finest_stride,
-    image_sizes,
     loading,
     pixels_on_device,
     strong_policy,
@@ -381,7 +381,7 @@ def eval_batches(
     short, long, square = evaluated(recipe)
     tasks = EvalTasks(source, recipe.evaluate.batch, short, long, rank, num_ranks, square)
     leave_out = recipe.data.on_bad != "stop" and not keep_faults
-    sizes = [eval_plan(s, short, long, square).size_px for s in {*image_sizes(source)}]
+    sizes = eval_sizes(recipe, source)
     canvas_px = max((h for h, _ in sizes), default=1) * max((w for _, w in sizes), default=1)
     count = worker_count(recipe, room) if loading is None else loading.workers
     by, _ = workers.within(count, d.prefetch, 1, recipe.evaluate.batch * canvas_px * (3 * 4 + 1), room)

@@ -108,7 +108,7 @@ def demands(recipe: Recipe, splits: Splits | None) -> Demands:
         eval_canvas = one if d.square or recipe.evaluate.batch == 1 else (long, long)
         return Demands(_any_canvas(recipe), recipe.model.num_queries, eval_canvas, 80, None, True)
     canvas, most_boxes = worst_window(recipe, splits.train)
-    sizes = [eval_plan(s, *evaluated(recipe)).size_px for s in {*image_sizes(splits.val)}]
+    sizes = eval_sizes(recipe, splits.val)
     if recipe.evaluate.batch > 1:
         eval_canvas = max(h for h, _ in sizes), max(w for _, w in sizes)
     else:
@@ -124,6 +124,11 @@ def image_sizes(source: Source) -> Iterator[tuple[int, int]]:
 def evaluated(recipe: Recipe) -> tuple[int, int, bool]:
     """How ``eval_plan`` resizes: short side, bound of the long one, whether to a square."""
     return recipe.data.eval_size, recipe.data.eval_max_size, recipe.data.square
+
+
+def eval_sizes(recipe: Recipe, source: Source) -> list[tuple[int, int]]:
+    """(h, w) in pixels that evaluation resizes images to, of each size among them."""
+    return [eval_plan(size_px, *evaluated(recipe)).size_px for size_px in {*image_sizes(source)}]
 
 
 def finest_stride(recipe: Recipe) -> int:

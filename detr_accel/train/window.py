@@ -18,6 +18,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from detr_accel.data.loader import largest_canvas
 from detr_accel.models.denoising import DenoisingQueries
 from detr_accel.models.losses import image_spread
 from detr_accel.monitor import memory
@@ -200,7 +201,7 @@ class WindowRunner:
             The (h, w) to pad to where processes may bring different ones, None: it is the window's already; and, where
             there are denoising queries, the most boxes of an image, which they all have their size from, else 0.
         """
-        sides = [max([planned_px[i], *(b.canvas_px[i] for b in micro_batches)]) for i in range(2)]
+        sides = [max(pair) for pair in zip(planned_px, largest_canvas(micro_batches), strict=True)]
         most = max((len(t.labels) for b in micro_batches for t in b.targets), default=0)
         denoised = self.criterion.noise is not None
         if self.own_canvas or (denoised and self.accelerator.num_processes > 1):
