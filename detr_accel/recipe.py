@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -122,6 +123,9 @@ class Optim(Section):
     """Learning rate of the transformer and the heads."""
     lr_backbone: Annotated[float, Field(ge=0)] = 1e-5
     """Learning rate of the backbone; 0 freezes it whole."""
+    lr_backbone_norms: Annotated[float, Field(gt=0)] | None = None
+    """Learning rate of the backbone's normalisation layers where they train (model.backbone.norm: live); null: as
+    lr_backbone (DEIM: that of the heads, 2e-4)."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     """AdamW's decay, on every parameter but those of no_decay."""
     no_decay: list[Literal["norms", "biases"]] = []
@@ -160,8 +164,8 @@ class Schedule(Section):
     """What ``step`` and ``plateau`` multiply by at each drop."""
     min_factor: Fraction = 0.0
     """What cosine and flat_cosine leave of the learning rate at the end, and plateau at the least."""
-    fall: tuple[Fraction, Fraction] = (0.5, 0.95)
-    """Fractions of the training between which ``flat_cosine`` falls (DEIM: epochs 34 to 58 of 60)."""
+    fall: tuple[Fraction, Fraction] = (0.5, 1.0)
+    """Fractions of the training between which ``flat_cosine`` falls (DEIM: 0.567 to 0.967, epochs 34 to 58 of 60)."""
     patience: Positive = 3
     """Evaluations without a better ``metric`` after which ``plateau`` drops."""
     metric: Watched = "AP"
@@ -170,6 +174,10 @@ class Schedule(Section):
     """Steps over which the learning rate rises from 0."""
     warmup: Literal["linear", "quadratic"] = "linear"
     """How it rises: ``quadratic`` is slower at first (DEIM)."""
+    return_to_best: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Fraction of the training at which the weights, their average and the optimizer's moments become those of the best
+    evaluation so far (DEIM: 0.967, where its strong augmentation ends); null: never. The learning rate and the samples
+    go on. The validation split has a say in the training then: measure the end result on another."""
 
     @model_validator(mode="after")
     def _it_falls_forward(self) -> Schedule:
@@ -197,7 +205,7 @@ class Evaluate(Section):
     batch: Positive = 2
     """Images per process and forward."""
     max_detections: Positive = 100
-    """Most detections an image may contribute (COCO: 100)."""
+    """Most detections of an image and class that count (COCO: 100)."""
     backend: Literal["hotcoco", "pycocotools"] = "hotcoco"
     """hotcoco gives the same digits, about a hundred times faster."""
     metric: Literal["AP", "AP50", "AP75", "AR100"] = "AP"
@@ -389,13 +397,50 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     tree, lines = _read_yaml(Path(path))
     for text in overrides:
         _apply_override(tree, lines, text)
-    return _validate(tree, lines, str(path))
+    recipe = _validate(tree, lines, str(path))
+    if why := _unwise(recipe):
+        raise UserError("\n".join(f"{path}: {text}" for text in why))
+    return recipe
+
+
+def _unwise(recipe: Recipe) -> list[str]:
+    """What a person's own recipe should not say, and a finished run's may have said."""
+    d, backbone, why = recipe.data, recipe.model.backbone, []
+    if d.square and d.eval_size > d.eval_max_size:
+        why.append(
+            f"data.eval_size is {d.eval_size} with data.square, and data.eval_max_size ({d.eval_max_size}) bounds "
+            "every side: raise it too"
+        )
+    if recipe.model.name == "rtdetr" and not recipe.loss.aux:
+        why.append(
+            "loss.aux is false, but RT-DETR's decoder layers have heads of their own, which nothing else would train"
+        )
+    trained = backbone.weights != "none" or recipe.model.init_from is not None
+    live = backbone.norm == "live" or (backbone.norm == "auto" and not trained)
+    if recipe.optim.lr_backbone_norms is not None and (not live or recipe.optim.lr_backbone == 0):
+        why.append(
+            "optim.lr_backbone_norms is set, but the backbone's norms are frozen: leave it out, or set "
+            "model.backbone.norm=live and optim.lr_backbone above 0"
+        )
+    return why
 
 
 def loads(text: str, source: str = "recipe") -> Recipe:
     """As ``load``, from a string (a resolved recipe inside a checkpoint)."""
     tree, lines = _parse(text, source)
     return _validate(tree, lines, source)
+
+
+def changed(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """A stored recipe with some keys set, as on the command line.
+
+    Raises:
+        UserError: as ``load``.
+    """
+    tree, lines = _parse(dumps(recipe), "the stored recipe")
+    for text in overrides:
+        _apply_override(tree, lines, text)
+    return _validate(tree, lines, "the stored recipe")
 
 
 def dumps(recipe: Recipe) -> str:
@@ -435,6 +480,10 @@ def _parse(text: str, source: str) -> tuple[dict, dict[str, str]]:
         plain = _plain(tree, source)
     except YAMLError as error:
         raise UserError(_not_yaml(error, text, source)) from None
+    except UserError:
+        raise
+    except ValueError as error:  # a date that is none, such as 2026-25-11
+        raise UserError(f"{source}: a value that looks like a date is none ({error}): put it in quotes") from None
     except RecursionError:
         raise UserError(
             f"{source}: nested without end: a recipe has a few levels, and no anchor inside itself"
@@ -520,7 +569,9 @@ def _read_value(text: str) -> Any:
     """An override's value as YAML; what is no YAML is text."""
     try:
         return _plain(YAML(typ="rt").load(text), "command line") if text.strip() else None
-    except MarkedYAMLError:
+    except UserError:
+        raise
+    except (MarkedYAMLError, ValueError):  # ValueError: a date that is none
         return text
     except (YAMLError, RecursionError) as error:
         what = (
@@ -588,6 +639,9 @@ def _explain(error: Any, lines: dict[str, str], source: str) -> str:
     where = lines.get(named) or lines.get(named.rpartition(".")[0]) or source
     value = error.get("input")
     if error["type"] == "extra_forbidden":
+        if "." in str(error["loc"][-1]) and key in _known():
+            section, _, leaf = key.rpartition(".")
+            return f"{where}: {key} is written with dots on the command line only; here: {section}: {{{leaf}: ...}}"
         near = difflib.get_close_matches(key, _known(), n=1, cutoff=0.6) or _same_leaf(key)
         hint = f"; did you mean {near[0]}?" if near else "; see detr-accel recipes for the keys there are"
         return f"{where}: {key}: no such key{hint}"
@@ -599,11 +653,19 @@ def _explain(error: Any, lines: dict[str, str], source: str) -> str:
 
 def _allowed(error: Any) -> str:
     message = error["msg"][0].lower() + error["msg"][1:]
+    for theirs, ours in _PLAIN_WORDS.items():
+        message = message.replace(theirs, ours)
     if message.startswith("input should be"):
         return "it" + message.removeprefix("input")
     if error["type"] == "string_too_short":
         return "it should not be empty; leave the key out, or write null, for none"
     return message
+
+
+_PLAIN_WORDS = {
+    "an object": "a section with keys below it, or not there", "a valid array": "a list, such as [480, 640]",
+    "a valid list": "a list, such as [480, 640]", "a valid string": "text (a number or date in quotes)",
+}  # fmt: skip
 
 
 def _same_leaf(key: str) -> list[str]:

@@ -65,6 +65,8 @@ class RtDetr(Section):
     """Half of it is the share of their labels that are drawn anew."""
     box_noise: Annotated[float, Field(ge=0)] = 1.0
     """How far a corner may move, in halves of the box's sides; from there to twice as far it is to be told nothing."""
+    mirror_boxes: bool = False
+    """Disturbed corners that have changed sides span a box all the same (DEIM), instead of one without area."""
 
 
 class Model(Section):
@@ -145,7 +147,7 @@ class Loss(Section):
     eos_coef: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Weight of the no-object class."""
     aux: bool = True
-    """Supervise every decoder layer, not only the last."""
+    """Supervise every decoder layer, not only the last; RT-DETR's layers have heads of their own and need it."""
     cost_class: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the class probability in matching."""
     cost_bbox: Annotated[float, Field(ge=0)] = 5.0

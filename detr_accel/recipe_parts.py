@@ -16,7 +16,9 @@ NO_STREAM = (
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", strict=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )  # infinity and nan have no place in json, so that a run with one could not be read again
 
 
 class Hub(Section):

@@ -27,7 +27,7 @@ def small_recipe(backbone="resnet18d.ra2_in1k", live=False, rtdetr=None, loss=No
     inside = recipes.Model.model_fields["rtdetr"].annotation(**{**INSIDE, **(rtdetr or {})})
     model = recipes.Model(name="rtdetr", backbone=part, rtdetr=inside, **{**SIZES, **changes})
     terms = recipes.Loss(cost_class=2.0, **(loss or {}))
-    data = recipes.Data(root="/data/coco", eval_size=640, eval_max_size=640)
+    data = recipes.Data(root="/data/coco", square=True, eval_size=640, eval_max_size=640)
     return recipes.Recipe(data=data, model=model, loss=terms)
 
 
@@ -80,12 +80,12 @@ def official_state(version, live=False, side=64, **changes):
     return state
 
 
-def anchors(side):
+def anchors(height, width=None):
     cells = []
     for level, stride in enumerate((8, 16, 32)):
-        n = side // stride
-        for y, x in itertools.product(range(n), range(n)):
-            cells.append([(x + 0.5) / n, (y + 0.5) / n, 0.05 * 2**level, 0.05 * 2**level])
+        h, w = height // stride, (width or height) // stride
+        for y, x in itertools.product(range(h), range(w)):
+            cells.append([(x + 0.5) / w, (y + 0.5) / h, 0.05 * 2**level, 0.05 * 2**level])
     boxes = torch.tensor([cells])
     valid = ((boxes > 0.01) & (boxes < 0.99)).all(-1, keepdim=True)
     return torch.where(valid, (boxes / (1 - boxes)).log(), torch.inf), valid

@@ -62,6 +62,14 @@ def test_all_mistakes_are_told_at_once_each_with_its_line(tmp_path):
         ("data: {format: shapes, augment: {iou_crop: {min_iou: []}}}", "min_iou needs at least one value"),
         ("data: {format: shapes, augment: {mosaic: {probabilty: 1}}}", "did you mean data.augment.mosaic.probability?"),
         ("schedule: {fall: [0.9, 0.5]}", "fall is [first, last], but 0.9 > 0.5"),
+        ("optim.lr: 1.0e-4", "optim.lr is written with dots on the command line only; here: optim: {lr: ...}"),
+        ("optim:", "optim: null is refused: it should be a section with keys below it"),
+        ("name: 2026-25-11", "a value that looks like a date is none"),
+        ("optim: {lr: .nan}", "optim.lr: NaN is refused"),
+        ("dist: {timeout_minutes: .inf}", "dist.timeout_minutes: Infinity is refused"),
+        ("data: {format: shapes, square: true, eval_size: 1600}", "eval_max_size (1333) bounds every side: raise it"),
+        ("optim: {lr_backbone_norms: 1.0e-4}", "the backbone's norms are frozen: leave it out, or set model.backbone"),
+        ("model: {name: rtdetr}\nloss: {aux: false}", "loss.aux is false, but RT-DETR's decoder layers have heads"),
         ("loss: {cost_class: 0, cost_bbox: 0, cost_giou: 0}", "nothing would decide the matching"),
         ("loss: {kind: mal}", "loss.kind is mal, which does not fit model.name detr: use ce (or auto)"),
         (
@@ -230,3 +238,17 @@ def test_a_folder_for_shapes_is_refused_instead_of_not_read(tmp_path):
     (tmp_path / "r.yaml").write_text("data: {format: shapes}\n")
     with pytest.raises(UserError, match="data.root is /data/mine while data.format is shapes.*data.format=coco"):
         recipe.load(tmp_path / "r.yaml", ["data.root=/data/mine"])
+
+
+def test_a_stored_recipe_is_read_whatever_a_new_one_may_not_say():
+    """A finished run must not become unreadable by a rule that came later."""
+    text = "data: {format: shapes, square: true, eval_size: 1600}\nmodel: {name: rtdetr}\nloss: {aux: false}\n"
+    assert recipe.loads(recipe.dumps(recipe.loads(text))).loss.aux is False
+
+
+def test_a_stored_recipe_can_be_changed_as_on_the_command_line():
+    stored = recipe.loads("data: {format: shapes}")
+    assert recipe.changed(stored, ["data.eval_size=320"]).data.eval_size == 320
+    assert recipe.changed(stored, []) == stored
+    with pytest.raises(UserError, match="the stored recipe|command line"):
+        recipe.changed(stored, ["data.eval_sise=320"])

@@ -20,7 +20,7 @@ from detr_accel.models.matcher import Matcher, focal_cost, softmax_cost
 from detr_accel.models.postprocess import detections
 from detr_accel.models.rtdetr import RTDETR, DecoderShape, RTDETRDecoder
 from detr_accel.models.transformer import Transformer
-from detr_accel.recipe import Recipe
+from detr_accel.recipe import Model, Recipe
 from detr_accel.structures import Targets, UserError
 
 __all__ = [
@@ -78,23 +78,33 @@ def build_criterion(recipe: Recipe, num_classes: int) -> nn.Module:
     matcher = Matcher(loss.cost_class, loss.cost_bbox, loss.cost_giou, class_cost)
     term_weights = {kind: getattr(loss, kind), "bbox": loss.bbox, "giou": loss.giou}
     r = model.rtdetr
-    noise = Noise(r.num_denoising, r.label_noise, r.box_noise) if model.name == "rtdetr" else None
+    noise = Noise(r.num_denoising, r.label_noise, r.box_noise, r.mirror_boxes) if model.name == "rtdetr" else None
     return SetCriterion(num_classes, model.num_queries, matcher, term_weights, class_loss, loss.aux, noise)
 
 
 def detections_of(model: nn.Module, outputs: dict, targets: list[Targets], max_detections: int = 100):
-    """What a detector's outputs say of its images; see ``postprocess.detections``."""
-    sizes = torch.tensor([t.orig_size_px for t in targets])
-    return detections(outputs, [t.image_id for t in targets], sizes, max_detections, model.has_background)
+    """What a detector's outputs say of its images, at least as many of each as there are queries (the originals keep so
+    many; an evaluation then counts max_detections of each class); see ``postprocess.detections``."""
+    sizes, most = torch.tensor([t.orig_size_px for t in targets]), max(max_detections, model.num_queries)
+    return detections(outputs, [t.image_id for t in targets], sizes, most, model.has_background)
 
 
-def param_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Trainable parameters with their names: "backbone", "transformer" (with queries and projection), "heads"."""
+def param_groups(model: nn.Module, norms_apart: bool = False) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Trainable parameters with their names: "backbone", "transformer" (with queries and projection), "heads".
+
+    Args:
+        norms_apart: the backbone's normalisation layers make a further group, "backbone_norms".
+    """
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {"backbone": [], "transformer": [], "heads": []}
+    norms = not_decayed(model.backbone, ["norms"]) if norms_apart else set()
+    groups |= {"backbone_norms": []} if norms_apart else {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            group = "backbone" if name.startswith("backbone.") else "transformer"
-            groups["heads" if name.startswith(model.heads) else group].append((name, parameter))
+        if not parameter.requires_grad:
+            continue
+        group = "heads" if name.startswith(model.heads) else "transformer"
+        if name.startswith("backbone."):
+            group = "backbone_norms" if name.removeprefix("backbone.") in norms else "backbone"
+        groups[group].append((name, parameter))
     return groups
 
 
@@ -123,11 +133,11 @@ def checkpoint_parts(model: nn.Module, parts: Sequence[str]) -> None:
     model.parts["decoder"].checkpointing |= "decoder" in parts
 
 
-def init_from(model: nn.Module, classes, source: str, head_rule: str):
-    """Start from a trained detector; see ``convert.init_from``."""
+def init_from(model: nn.Module, classes, asked: Model):
+    """Start from a trained detector, as the recipe says; see ``convert.init_from``."""
     from detr_accel.models import convert
 
-    return convert.init_from(model, classes, source, head_rule)
+    return convert.init_from(model, classes, asked.init_from, asked.init_head, asked)
 
 
 def _build_detr(recipe: Recipe, num_classes: int, load_weights: bool) -> DETR:

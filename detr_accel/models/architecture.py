@@ -6,6 +6,7 @@ and whether the last stage is dilated (DC5), which leave the shapes as they are.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -131,4 +132,37 @@ def check(state: StateDict, recipe: recipes.Recipe, num_classes: int, source: st
 _VARIANTS = {
     "transformer.encoder.norm.": "was trained with --pre_norm, which this toolkit's DETR does not have",
     "backbone.1.": "has learned position embeddings; only sine positions, those of the published models, are supported",
+}
+
+
+def differing(asked: recipes.Model, told: recipes.Model) -> list[str]:
+    """What to set in a recipe of the same detector to get the model that a source was trained as."""
+    if asked.name != told.name:
+        return []
+    found = []
+    for key in _SETTINGS[told.name]:
+        ours, theirs = (_value(model, key) for model in (asked, told))
+        if ours != theirs:
+            shown = theirs if isinstance(theirs, str) else json.dumps(theirs, separators=(",", ":"))
+            found.append(f"model.{key}={shown}")
+    return found
+
+
+def _value(model: recipes.Model, key: str) -> object:
+    value: object = model
+    for name in key.split("."):
+        value = getattr(value, name)
+    # which of timm's weights it once began with says nothing about its shapes
+    return value.partition(".")[0] if key == "backbone.name" else value
+
+
+_BACKBONE = ("backbone.name", "backbone.first_shortcut", "backbone.pixels")
+_BOTH = ("hidden_dim", "num_heads", "num_encoder_layers", "num_decoder_layers", "dim_feedforward")
+_SETTINGS = {  # keys of ``model`` that say what the weights are
+    "detr": (*_BACKBONE, "backbone.dc5", *_BOTH),
+    "rtdetr": (
+        *(*_BACKBONE, *_BOTH, "rtdetr.encoder_dim"),
+        *("rtdetr.encoder_feedforward", "rtdetr.expansion", "rtdetr.num_blocks", "rtdetr.num_points"),
+        *("rtdetr.activation", "rtdetr.mlp_activation", "rtdetr.query_pos_layers", "rtdetr.learned_queries"),
+    ),
 }

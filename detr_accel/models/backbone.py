@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache, partial
+from functools import cache
 from itertools import pairwise
 
 import timm
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from detr_accel.models import pretrained
+from detr_accel.models import pretrained, recompute
 from detr_accel.models.frozen_norm import FrozenBatchNorm2d, fold_norms, freeze_norms
 from detr_accel.structures import UserError
 
@@ -269,8 +266,7 @@ class _CheckpointedBlocks(nn.Sequential):
             return super().forward(x)
         for start in range(0, len(blocks), self.segment):
             segment = blocks[start : start + self.segment]
-            contexts = partial(_recompute_contexts, segment)
-            x = checkpoint(_run_blocks, segment, x, use_reentrant=False, context_fn=contexts)
+            x = recompute.run_again(_run_blocks, segment, segment, x)
         return x
 
 
@@ -278,24 +274,6 @@ def _run_blocks(blocks: list[nn.Module], x: Tensor) -> Tensor:
     for block in blocks:
         x = block(x)
     return x
-
-
-def _recompute_contexts(blocks: list[nn.Module]) -> tuple[AbstractContextManager, AbstractContextManager]:
-    return nullcontext(), _still_statistics(blocks)
-
-
-@contextmanager
-def _still_statistics(blocks: list[nn.Module]) -> Iterator[None]:
-    """The second run of a block must not move a live BatchNorm's statistics a second time."""
-    norms = [m for b in blocks for m in b.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, num_batches_tracked) in zip(norms, kept, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, num_batches_tracked
 
 
 def _checkpoint_blocks(body: nn.Module, name: str) -> None:

@@ -44,6 +44,19 @@ def coco_80() -> Classes:
     return Classes(tuple(COCO_NAMES.values()), tuple(COCO_NAMES))
 
 
+def assumed(num_labels: int, published: Classes, as_published: str, report: list[str]) -> Classes:
+    """The class table of a file that has none: the published one where the number of labels is its, else numbers.
+
+    Args:
+        as_published: what the report says of the first.
+    """
+    if num_labels == len(published):
+        report.append(f"class table: COCO's 80 names {as_published}, as in the published models")
+        return published
+    report.append(f"class table: the file has none; its {num_labels} labels are called category 0, category 1, ...")
+    return Classes(tuple(f"category {i}" for i in range(num_labels)), tuple(range(num_labels)))
+
+
 def are_coco_80(names: Sequence[str | None]) -> bool:
     """Whether these are the names of COCO's 80 in their order; the older names of six of them count, too."""
     plain = [_OTHER_NAMES.get(n.lower(), n.lower()) if n else n for n in names]

@@ -32,7 +32,7 @@ from detr_accel.models import (
     transformers_folder,
     weights,
 )
-from detr_accel.models.coco_classes import NUM_LABELS, coco_91
+from detr_accel.models.coco_classes import assumed, coco_91
 from detr_accel.models.hub import fetch
 from detr_accel.models.keymaps import (
     MASKED,
@@ -141,12 +141,15 @@ def cut_head(loaded: Loaded) -> Loaded:
     return _cut(loaded)[0]
 
 
-def init_from(model: nn.Module, classes: Classes, source: str | Path, head: str = "match") -> list[str]:
+def init_from(
+    model: nn.Module, classes: Classes, source: str | Path, head: str = "match", asked: recipes.Model | None = None
+) -> list[str]:
     """Start a model from a trained detector, in place (recipe: ``model.init_from``, ``model.init_head``).
 
     Args:
         source: a path that ``read`` takes, or a hub id such as ``facebook/detr-resnet-101`` (fetched once).
         head: ``match``, ``keep`` or ``reset``.
+        asked: the recipe's words for the model, for refusals.
     Returns:
         lines to print: what was and what was not copied.
     Raises:
@@ -157,7 +160,8 @@ def init_from(model: nn.Module, classes: Classes, source: str | Path, head: str 
         loaded.report.insert(0, f"{source}: from the Hub, kept in {loaded.folder}")
     else:
         loaded = read(source)
-    return [*loaded.report, *warm_start(model, classes, loaded, head)]
+    differing = architecture.differing(asked, loaded.recipe.model) if asked is not None else []
+    return [*loaded.report, *warm_start(model, classes, loaded, head, differing)]
 
 
 def _read_file(path: Path, dc5: bool | None, num_heads: int | None) -> Loaded:
@@ -240,19 +244,11 @@ def _official(state: StateDict, extra: Any, path: Path, dc5: bool | None, num_he
         report.append(f"class table and recipe: as kept in the file's entry {_EXTRA}")
     else:
         recipe = architecture.infer(state, path.stem, path, dc5=bool(dc5), num_heads=num_heads or 8)
-        classes = _assumed_classes(len(state["class_embed.bias"]) - 1, report)
+        classes = assumed(len(state["class_embed.bias"]) - 1, coco_91(), "at their category ids (91 labels)", report)
         report += _assumed_lines(recipe, dc5, num_heads)
     weights.check_head(state, classes, path)
     meta = {"weights": "raw", "source": path.name, "format": "official"}
     return Loaded(state, recipe, classes, meta, path, report)
-
-
-def _assumed_classes(num_labels: int, report: list[str]) -> Classes:
-    if num_labels == NUM_LABELS:
-        report.append("class table: COCO's 80 names at their category ids, as in the published models (91 labels)")
-        return coco_91()
-    report.append(f"class table: the file has none; its {num_labels} labels are called category 0, category 1, ...")
-    return Classes(tuple(f"category {i}" for i in range(num_labels)), tuple(range(num_labels)))
 
 
 def _assumed_lines(recipe: recipes.Recipe, dc5: bool | None, num_heads: int | None) -> list[str]:

@@ -79,12 +79,14 @@ class Noise:
         num_denoising: about how many disturbed boxes an image gets; 0 switches denoising off.
         label: half of it is the share of labels that are drawn anew.
         box: how far a corner moves, in halves of the box's sides: up to this, or from this up to its double.
+        mirror: corners that have changed sides span a box all the same, as in DEIM; else it has a negative side.
     Source: Zhang et al., DINO, ICLR 2023.
     """
 
     num_denoising: int = 100
     label: float = 0.5
     box: float = 1.0
+    mirror: bool = False
 
     def most_demanding(self, most_boxes: int) -> int:
         """What a window's most boxes would be, where as many denoising queries are made as in any window of images with
@@ -126,8 +128,9 @@ class Noise:
         half = np.tile(boxes[:, 2:] / 2, 2)  # [M, 4]
         corners = np.concatenate((boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2), -1)
         corners = (corners + far * self.box * half).clip(0, 1)
-        low, high = corners[..., :2], corners[..., 2:]  # where they have changed sides, the size is negative, as there
-        boxes = np.concatenate(((low + high) / 2, high - low), -1).astype(boxes.dtype)
+        low, high = corners[..., :2], corners[..., 2:]
+        sides = np.abs(high - low) if self.mirror else high - low
+        boxes = np.concatenate(((low + high) / 2, sides), -1).astype(boxes.dtype)
         return labels.reshape(-1), boxes.reshape(-1, 4)
 
 

@@ -89,7 +89,7 @@ class DETR(nn.Module):
             images: [B, 3, H, W], normalised, 0 where padded.
             mask: bool [B, H, W], True = padding.
         Returns:
-            pred_logits [B, Q, C + 1]; pred_boxes [B, Q, 4] cxcywh in 0..1 of the un-padded image (float32 or better);
+            pred_logits [B, Q, C + 1]; pred_boxes [B, Q, 4] cxcywh in 0..1 of the un-padded image, float32 or better;
             aux_outputs: the same two of every earlier decoder layer, first layer first.
         """
         features = self.input_proj(self.backbone(images)[-1])  # [B, D, h, w]
@@ -98,9 +98,9 @@ class DETR(nn.Module):
         pos_dtype = torch.promote_types(tokens.dtype, torch.float32)
         pos = sine_positions(mask, tokens.shape[-1], pos_dtype).to(tokens.dtype)
         hs = self.transformer(tokens, pos, self.query_embed.weight, valid_keys(mask.flatten(1)))  # [L, B, Q, D]
-        logits = self.class_embed(hs)  # [L, B, Q, C + 1]: the heads see all layers at once
-        with no_autocast(hs.device):  # bfloat16 near 0.9 has steps of 1/256: five pixels of 1333
-            boxes = self.bbox_embed(full_precision(hs)).sigmoid()  # [L, B, Q, 4]
+        with no_autocast(hs.device):  # bfloat16 near 0.9 has steps of 1/256: five pixels of 1333, and scores that tie
+            hs = full_precision(hs)  # the heads see all layers at once
+            logits, boxes = self.class_embed(hs), self.bbox_embed(hs).sigmoid()  # [L, B, Q, C + 1], [L, B, Q, 4]
         pairs = zip(logits.unbind(0), boxes.unbind(0), strict=True)
         *aux, last = [{"pred_logits": c, "pred_boxes": b} for c, b in pairs]
         return {**last, "aux_outputs": aux}

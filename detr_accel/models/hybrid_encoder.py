@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
+from detr_accel.models import recompute
 from detr_accel.models.attention import shrink_mask, valid_keys
 from detr_accel.models.autocast import no_autocast
 from detr_accel.models.position import grid_positions
@@ -126,12 +126,12 @@ class HybridEncoder(nn.Module):
         for lateral, fuse, finer in zip(self.lateral_convs, self.fpn_blocks, maps[-2::-1], strict=True):
             down[-1] = lateral(down[-1])
             coarse = F.interpolate(down[-1], size=finer.shape[-2:], mode="nearest")
-            down.append(self._call(fuse, torch.cat((coarse, finer), 1)))
+            down.append(recompute.call(self.checkpointing, fuse, torch.cat((coarse, finer), 1)))
         down.reverse()
         up = [down[0]]
         for shrink, fuse, coarser in zip(self.downsample_convs, self.pan_blocks, down[1:], strict=True):
             h, w = coarser.shape[-2:]  # some backbones leave out an odd map's last row and column, as this does not
-            up.append(self._call(fuse, torch.cat((shrink(up[-1])[..., :h, :w], coarser), 1)))
+            up.append(recompute.call(self.checkpointing, fuse, torch.cat((shrink(up[-1])[..., :h, :w], coarser), 1)))
         return up
 
     def _attend(self, features: Tensor, mask: Tensor) -> Tensor:
@@ -145,8 +145,3 @@ class HybridEncoder(nn.Module):
             pos = grid_positions(*size, tokens.shape[-1], tokens.device).to(tokens.dtype)
         tokens = self.encoder[0](tokens, pos[None], key_valid)
         return tokens.transpose(1, 2).unflatten(2, size)
-
-    def _call(self, block: nn.Module, x: Tensor) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, use_reentrant=False)
-        return block(x)

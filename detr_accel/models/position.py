@@ -26,8 +26,8 @@ def sine_positions(mask: Tensor, dim: int, dtype: torch.dtype = torch.float32, t
     """
     with no_autocast(mask.device):
         valid = ~mask
-        y = valid.cumsum(1, dtype=dtype)
-        x = valid.cumsum(2, dtype=dtype)
+        y = valid.cumsum(1).to(dtype)  # whole numbers: exact, and sums of floats have no fixed order on a GPU
+        x = valid.cumsum(2).to(dtype)
         y = y / (y[:, -1:, :] + 1e-6) * (2 * math.pi)
         x = x / (x[:, :, -1:] + 1e-6) * (2 * math.pi)
         channel = torch.arange(dim // 2, dtype=dtype, device=mask.device)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
+from detr_accel.models import recompute
 from detr_accel.models.attention import Attention
 from detr_accel.models.autocast import full_precision, no_autocast
 from detr_accel.models.backbone import Backbone
@@ -142,7 +142,7 @@ class RTDETRDecoder(nn.Module):
         maps = [projection(m) for projection, m in zip(self.input_proj, maps, strict=True)]
         levels = levels_of(maps, mask)
         memory = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)  # [B, N, D]
-        if memory.shape[1] < self.shape.num_queries:
+        if self.training and memory.shape[1] < self.shape.num_queries:
             raise UserError(
                 f"model.num_queries is {self.shape.num_queries}, but an image of this size has only {memory.shape[1]} "
                 "cells to choose from: lower model.num_queries, or enlarge the images (data.augment.scales, "
@@ -169,11 +169,13 @@ class RTDETRDecoder(nn.Module):
         dtype = torch.promote_types(memory.dtype, torch.float32)
         anchors, is_anchor = _anchors(levels, memory.device, dtype)  # [B or 1, N, 4], [B or 1, N, 1]
         cells = self.enc_output["norm"](self.enc_output["proj"](memory * is_anchor.to(memory.dtype)))
-        logits = self.enc_score_head(cells)  # [B, N, C]
+        with no_autocast(memory.device):  # bfloat16 near -4.6 has steps of 1/32: hundreds of cells would tie
+            logits = self.enc_score_head(full_precision(cells))  # [B, N, C]
         best = logits.detach().amax(-1)
         if levels.valid is not None:
             best = best.masked_fill(~levels.valid, -math.inf)  # padding is the last resort
-        chosen = best.topk(self.shape.num_queries, dim=1).indices[..., None]  # [B, Q, 1]
+        num = min(self.shape.num_queries, memory.shape[1])  # of a panorama there may be fewer cells than queries
+        chosen = best.topk(num, dim=1).indices[..., None]  # [B, Q, 1]
 
         def at(values: Tensor) -> Tensor:
             return values.expand(len(memory), -1, -1).gather(1, chosen.expand(-1, -1, values.shape[-1]))
@@ -184,7 +186,7 @@ class RTDETRDecoder(nn.Module):
             encoder = _outputs(at(logits), boxes_logit.sigmoid())
         contents = contents.detach()
         if self.shape.learned_queries:
-            contents = self.tgt_embed.weight[None].expand(len(memory), -1, -1).to(contents.dtype)
+            contents = self.tgt_embed.weight[None, :num].expand(len(memory), -1, -1).to(contents.dtype)
         return contents, boxes_logit, encoder
 
     def _disturbed(self, denoising: DenoisingQueries, dtype: torch.dtype, box_dtype: torch.dtype):
@@ -199,19 +201,14 @@ class RTDETRDecoder(nn.Module):
         for layer, score, place in zip(self.layers, self.dec_score_head, self.dec_bbox_head, strict=False):
             with no_autocast(tgt.device):  # half precision would give neighbouring cells one position
                 query_pos = self.query_pos_head(full_precision(boxes)).to(tgt.dtype)
-            tgt = self._call(layer, tgt, query_pos, boxes, memory, levels, may_see)
+            tgt = recompute.call(self.checkpointing, layer, tgt, query_pos, boxes, memory, levels, may_see)
             with no_autocast(tgt.device):
-                step = place(full_precision(tgt))
+                logits, step = score(full_precision(tgt)), place(full_precision(tgt))
                 after = (step + inverse_sigmoid(boxes)).sigmoid()
                 seen = (step + inverse_sigmoid(before)).sigmoid() if self.shape.look_twice and found else after
-            found.append((score(tgt), seen))
+            found.append((logits, seen))
             before, boxes = after, after.detach()
         return found
-
-    def _call(self, layer: nn.Module, *args) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, *args, use_reentrant=False)
-        return layer(*args)
 
 
 class RTDETR(nn.Module):
@@ -267,7 +264,7 @@ class RTDETR(nn.Module):
             mask: bool [B, H, W], True = padding; [B, 0, 0] where nothing is padded.
             denoising: disturbed boxes to be found again (training).
         Returns:
-            pred_logits [B, Q, C]; pred_boxes [B, Q, 4] cxcywh in 0..1 of the un-padded image (float32 or better);
+            pred_logits [B, Q, C]; pred_boxes [B, Q, 4] cxcywh in 0..1 of the un-padded image, float32 or better;
             aux_outputs: the same two of every earlier decoder layer; enc_outputs: of the encoder's best cells;
             dn_outputs: of every decoder layer for the Dn denoising queries, where there are any.
         """

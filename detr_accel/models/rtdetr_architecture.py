@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ class Told:
     activation: str | None = None
     dropout: float = 0.0
     num_denoising: int = 100
+    label_noise: float = 0.5
+    box_noise: float = 1.0
     side_px: int = PUBLISHED_SIDE
 
 
@@ -81,6 +84,11 @@ def points_of(scale: torch.Tensor) -> tuple[int, ...]:
         points.append(left[0])
         left = left[left[0] :]
     return tuple(points)
+
+
+def scale_of(points: Sequence[int]) -> torch.Tensor:
+    """That buffer: float32 [P]."""
+    return torch.tensor([1 / n for n in points for _ in range(n)], dtype=torch.float32)
 
 
 def infer(
@@ -144,6 +152,8 @@ def _sizes(state: StateDict, source: str | Path, told: Told) -> dict[str, Any]:
         "query_pos_layers": query_pos_layers,
         "learned_queries": learned,
         "num_denoising": told.num_denoising if "decoder.denoising_class_embed.weight" in state else 0,
+        "label_noise": told.label_noise,
+        "box_noise": told.box_noise,
     }
     return {
         "rtdetr": rtdetr, "hidden_dim": hidden_dim, "num_heads": num_heads, "num_queries": num_queries,

@@ -6,6 +6,7 @@ Read without transformers installed. The config as read travels in ``meta``, so 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ CATEGORY_IDS = "category_ids"  # ours: transformers keeps and ignores keys that 
 NO_NAME = "N/A"
 _ACTIVATIONS = ("relu", "silu")
 _SAMPLING = {"default": "bilinear", "discrete": "discrete"}
-_IMAGENET = [0.485, 0.456, 0.406, 0.229, 0.224, 0.225]
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's
 
 
 def read(folder: Path, config: dict[str, Any]) -> Loaded:
@@ -36,7 +37,7 @@ def read(folder: Path, config: dict[str, Any]) -> Loaded:
     Raises:
         UserError: a variant that ours is not, or damaged.
     """
-    _check_types(config, folder)
+    check_types(config, _COUNTS, folder)
     _check_config(config, folder)
     if not (folder / weights.MODEL).is_file():
         raise UserError(f"{folder} has no {weights.MODEL}: only transformers folders with safetensors can be read")
@@ -53,6 +54,8 @@ def read(folder: Path, config: dict[str, Any]) -> Loaded:
         activation=config.get("decoder_activation_function", "relu"),
         dropout=config.get("dropout", 0.0),
         num_denoising=config.get("num_denoising", 100),
+        label_noise=config.get("label_noise_ratio", 0.5),
+        box_noise=config.get("box_noise_scale", 1.0),
         side_px=side_px,
     )
     recipe = rtdetr_architecture.infer(state, folder.name, folder, told)
@@ -73,7 +76,7 @@ def write(loaded: Loaded, folder: Path) -> list[str]:
         UserError: transformers' RT-DETR does not have this detector.
     """
     _check_writable(loaded)
-    kept = loaded.meta.get(_KEPT_CONFIG)
+    kept = _still_true(loaded.meta.get(_KEPT_CONFIG), _config(loaded))
     config = dict(kept or _config(loaded))
     if kept is None or _classes(kept, len(loaded.classes), folder, strict=False) != loaded.classes:
         config |= class_entries(loaded.classes)
@@ -84,22 +87,39 @@ def write(loaded: Loaded, folder: Path) -> list[str]:
     save_file({k: v.contiguous() for k, v in state.items()}, folder / weights.MODEL, metadata={"format": "pt"})
     (folder / "config.json").write_text(weights.to_json(config), encoding="utf-8")
     preprocessor = loaded.meta.get(_KEPT_PREPROCESSOR) or _preprocessor(loaded)
+    if _side_of(preprocessor) != loaded.recipe.data.eval_size and loaded.recipe.data.square:
+        preprocessor = {**preprocessor, "size": _preprocessor(loaded)["size"]}
     (folder / "preprocessor_config.json").write_text(weights.to_json(preprocessor), encoding="utf-8")
-    return [f"model_type: {config['model_type']}"]
+    lines = [f"model_type: {config['model_type']}"]
+    if not loaded.recipe.data.square:
+        lines.append(
+            "beware: this detector was trained on rectangles (data.square is false), and transformers squeezes images "
+            f"to squares ({preprocessor.get('size')}): it answers worse there"
+        )
+    return lines
 
 
 _COUNTS = ("decoder_attention_heads", "decoder_n_points", "num_feature_levels", "num_queries")
 
 
-def _check_types(config: dict, folder: Path) -> None:
-    """What is reckoned with must be what it seems to be: people edit configs."""
-    counts = [key for key in _COUNTS if key in config and not (type(config[key]) is int and config[key] > 0)]
+def check_types(config: dict, counts: Sequence[str], folder: Path) -> None:
+    """What is reckoned with must be what it seems to be: people edit configs.
+
+    Args:
+        counts: keys of whole numbers above 0.
+    Raises:
+        UserError: one that is something else.
+    """
+    counts = [key for key in counts if key in config and not (type(config[key]) is int and config[key] > 0)]
     faults = [(key, "a whole number above 0") for key in counts]
-    if type(config.get("dropout", 0.0)) not in (int, float):
-        faults.append(("dropout", "a number"))
-    faults += [(k, "a table") for k in ("backbone_config", "id2label") if not isinstance(config.get(k) or {}, dict)]
+    numbers = ("dropout", "label_noise_ratio", "box_noise_scale")
+    faults += [(key, "a number") for key in numbers if type(config.get(key, 0.0)) not in (int, float)]
+    tables = ("backbone_config", "backbone_kwargs", "id2label")
+    faults += [(key, "a table") for key in tables if not isinstance(config.get(key) or {}, dict)]
     if not faults and not all(str(key).isdecimal() for key in config.get("id2label") or {}):
         faults.append(("id2label", "a table of labels 0, 1, ..."))
+    if not faults and not all(isinstance(name, str) for name in (config.get("id2label") or {}).values()):
+        faults.append(("id2label", "a table of names"))
     for key, wanted in faults:
         raise UserError(f"{folder}/config.json: {key} is {config[key]!r}; it must be {wanted}")
 
@@ -162,11 +182,15 @@ def _classes(config: dict, num: int, folder: Path, strict: bool = True) -> Class
         if not strict:
             return None
         raise UserError(f"{folder}: config.json names {len(table)} labels, but the head has {num}")
-    names = tuple(None if table[i] == NO_NAME else table[i] for i in range(num))
+    given = class_table(config, [table[i] for i in range(num)])
+    return coco_80() if not isinstance(config.get(CATEGORY_IDS), list) and are_coco_80(given.names) else given
+
+
+def class_table(config: dict, labels: Sequence[str]) -> Classes:
+    """Names, with our category ids where the config has them, else with the labels' own numbers."""
+    names = tuple(None if label == NO_NAME else label for label in labels)
     ids = config.get(CATEGORY_IDS)
-    if not isinstance(ids, list) or len(ids) != num:
-        if are_coco_80(names):
-            return coco_80()
+    if not isinstance(ids, list) or len(ids) != len(names):
         ids = [None if name is None else i for i, name in enumerate(names)]
     return Classes(names, tuple(ids))
 
@@ -187,20 +211,35 @@ def _preprocessor_of(folder: Path, report: list[str]) -> tuple[dict | None, str,
     if not path.is_file():
         report.append("pixels: taken as 0..1 without mean and deviation, as the published models have them")
         return None, "unit", PUBLISHED_SIDE
-    told = weights.read_json(path)
-    if not isinstance(told, dict):
-        raise UserError(f"{path} is no table of settings: copy it again")
-    size = told.get("size")
-    side = size.get("height") if isinstance(size, dict) else None
-    if type(side) is not int or side < 32 or size.get("width") != side:
-        report.append(f"beware: its images are resized to {size}, here to squares of {PUBLISHED_SIDE}")
+    told = read_table(path)
+    side = _side_of(told)
+    if side is None:
+        report.append(f"beware: its images are resized to {told.get('size')}, here to squares of {PUBLISHED_SIDE}")
         side = PUBLISHED_SIDE
     if not told.get("do_normalize", False):
         return told, "unit", side
     given = [told.get("image_mean"), told.get("image_std")]
-    if given != [_IMAGENET[:3], _IMAGENET[3:]]:
+    if given != [MEAN, STD]:
         raise UserError(f"{path}: images are normalised with {given}; only ImageNet's mean and deviation, or none, fit")
     return told, "timm", side
+
+
+def _side_of(preprocessor: dict) -> int | None:
+    """Of the squares that a preprocessor makes, in pixels; None where it makes others."""
+    size = preprocessor.get("size")
+    side = size.get("height") if isinstance(size, dict) else None
+    return side if type(side) is int and side >= 32 and size.get("width") == side else None
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        UserError: no json, or one of something else.
+    """
+    told = weights.read_json(path)
+    if not isinstance(told, dict):
+        raise UserError(f"{path} is no table of settings: copy it again")
+    return told
 
 
 def _config(loaded: Loaded) -> dict:
@@ -233,9 +272,17 @@ def _config(loaded: Loaded) -> dict:
     return config | ({"decoder_n_levels": levels, "decoder_method": "discrete"} if second else {})
 
 
+def _still_true(kept: dict | None, now: dict) -> dict | None:
+    """A config as read, with what the recipe has changed since and no weight shows; None where it is another model."""
+    if kept is None or kept.get("decoder_method", "default") != now.get("decoder_method", "default"):
+        return None
+    free = {"num_queries": 300, "dropout": 0.0, "num_denoising": 100, "label_noise_ratio": 0.5, "box_noise_scale": 1.0}
+    changed = {key: now[key] for key, value in free.items() if now[key] != kept.get(key, value)}
+    return {**kept, **changed}
+
+
 def _points_scale(loaded: Loaded) -> dict[str, torch.Tensor]:
-    points = loaded.recipe.model.rtdetr.num_points
-    scale = torch.tensor([1 / n for n in points for _ in range(n)], dtype=torch.float32)
+    scale = rtdetr_architecture.scale_of(loaded.recipe.model.rtdetr.num_points)
     layers = range(loaded.recipe.model.num_decoder_layers)
     return {f"model.decoder.layers.{i}.encoder_attn.n_points_scale": scale.clone() for i in layers}
 
@@ -250,7 +297,7 @@ def _preprocessor(loaded: Loaded) -> dict:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": loaded.recipe.model.backbone.pixels != "unit",
-        "image_mean": _IMAGENET[:3],
-        "image_std": _IMAGENET[3:],
+        "image_mean": MEAN,
+        "image_std": STD,
         "do_pad": False,
     }

@@ -51,9 +51,10 @@ def version_of(state: StateDict) -> int:
     return 1 if any(re.search(r"(^|\.)input_proj\.0\.0\.weight$", k) for k in state) else 2
 
 
-def anchor_cells(state: StateDict) -> int | None:
-    """How many anchors lie beside official weights, None where there are none."""
-    return next((v.shape[1] for k, v in state.items() if k.endswith("decoder.anchors") and v.dim() == 3), None)
+def anchors_of(state: StateDict) -> torch.Tensor | None:
+    """The anchors that lie beside official weights, float32 [N, 4]; None where there are none."""
+    found = (v for k, v in state.items() if k.endswith("decoder.anchors") and v.dim() == 3 and v.shape[::2] == (1, 4))
+    return next((v[0].float() for v in found), None)
 
 
 def heads_stand_twice(state: StateDict) -> bool:

@@ -16,12 +16,13 @@ import torch
 from detr_accel import recipe as recipes
 from detr_accel.models import rtdetr_architecture, weights
 from detr_accel.models import rtdetr_keymaps as keymaps
+from detr_accel.models.architecture import count_layers
 from detr_accel.models.class_rows import num_labels
-from detr_accel.models.coco_classes import coco_80
+from detr_accel.models.coco_classes import assumed, coco_80
 from detr_accel.models.keymaps import StateDict
 from detr_accel.models.rtdetr_architecture import NAMES, PUBLISHED_HEADS, PUBLISHED_QUERIES, PUBLISHED_SIDE, Told
 from detr_accel.models.weights import Loaded
-from detr_accel.structures import Classes, UserError
+from detr_accel.structures import UserError
 
 EXTRA = "detr_accel"  # the entry of a .pth that holds what the official format has no place for
 _STRIDES = (8, 16, 32)
@@ -48,10 +49,16 @@ def read(raw: StateDict, extra: Any, path: Path, place: str, num_heads: int | No
     told = Told(num_points=points, num_heads=None if points else num_heads)
     meta = {"weights": "ema" if place == "ema.module" else "raw", "source": path.name, "format": "official"}
     meta |= {"version": version, "place": place}
-    if cells := keymaps.anchor_cells(raw):
-        meta["anchors_side_px"] = _side_of(cells)
-        told = replace(told, side_px=meta["anchors_side_px"])
     report = [f"{path.name}: RT-DETR's key names, version {version}, {len(state)} tensors"]
+    if (anchors := keymaps.anchors_of(raw)) is not None:
+        size = _size_of(anchors, count_layers(state, "decoder.input_proj."))
+        if size is not None:
+            meta["anchors_size_px"] = list(size)
+        if size is not None and size[0] == size[1]:
+            told = replace(told, side_px=size[0])
+        else:
+            shown = "unknown shape" if size is None else f"{size[0]} x {size[1]} (h x w)"
+            report.append(f"beware: trained on images of {shown}; here they are squeezed to squares of {told.side_px}")
     if place == "ema.module":
         report.append("weights: the averaged ones (ema.module)")
     if extra:
@@ -59,7 +66,7 @@ def read(raw: StateDict, extra: Any, path: Path, place: str, num_heads: int | No
         report.append(f"class table and recipe: as kept in the file's entry {EXTRA}")
     else:
         recipe = rtdetr_architecture.infer(state, path.stem, path, told)
-        classes = _assumed_classes(num_labels(state) or 0, report)
+        classes = assumed(num_labels(state) or 0, coco_80(), "in the order of their category ids", report)
         report += _assumed_lines(recipe.model, points is None and num_heads is None)
     weights.check_head(state, classes, path)
     return Loaded(state, recipe, classes, meta, path, report)
@@ -77,32 +84,49 @@ def content(loaded: Loaded) -> tuple[dict[str, Any], list[str]]:
     theirs = keymaps.to_official(loaded.state_dict, version)
     lines = [f"key names: those of RT-DETR's version {version}" + (", which DEIM has too" if version == 2 else "")]
     if version == 2:
-        side = loaded.meta.get("anchors_side_px", PUBLISHED_SIDE)
-        theirs |= _buffers(model, side)
-        lines.append(f"anchors: for images of {side} x {side}, which must be eval_spatial_size there")
-    lines += _to_be_told(model)
+        height, width = loaded.meta.get("anchors_size_px") or (0, 0)
+        if height == width:  # of rectangles our recipe knows nothing, and of squares everything
+            height = width = _side(loaded.recipe.data)
+        theirs |= _buffers(model, height, width)
+        lines.append(f"anchors: for images of {height} x {width}, which must be eval_spatial_size there")
+    lines += _to_be_told(loaded.recipe)
     place = loaded.meta.get("place", "model")
     found: dict[str, Any] = {"ema": {"module": theirs}} if place == "ema.module" else {"model": theirs}
     found = found if place else theirs
     told = Told(num_points=tuple(model.rtdetr.num_points) if version == 2 else None)
-    if loaded.classes != coco_80() or _inferred(loaded, told) != model:
+    same_size = version == 2 or _side(loaded.recipe.data) == PUBLISHED_SIDE
+    plain = same_size and loaded.recipe.data.square and _inferred(loaded, told) == model
+    if loaded.classes != coco_80() or not plain:
         found = found if place else {"model": theirs}
         found[EXTRA] = {"classes": loaded.classes.to_json(), "recipe": recipes.dumps(loaded.recipe)}
         lines.append(f"class table and recipe: kept in the entry {EXTRA}, which the official code does not read")
     return found, lines
 
 
-def _to_be_told(model: recipes.Model) -> list[str]:
+def _side(data: recipes.Data) -> int:
+    """Of the squares that a detector sees, in pixels."""
+    return min(data.eval_size, data.eval_max_size) if data.square else PUBLISHED_SIDE
+
+
+def _to_be_told(recipe: recipes.Recipe) -> list[str]:
     """What would change the original's answers in silence."""
-    r, lines = model.rtdetr, []
+    model, r, lines = recipe.model, recipe.model.rtdetr, []
+    if not recipe.data.square:
+        lines.append(
+            "beware: this detector was trained on rectangles (data.square is false), and the original squeezes images "
+            "to squares: it answers worse there"
+        )
     if model.backbone.pixels != "unit":
         lines.append(
             "beware: this detector's images are normalised with the backbone's mean and deviation, the original's are "
             "not: add that to its transforms, or it finds little"
         )
+    small = "silu" if r.query_pos_layers == 3 else "relu"  # as DEIM's configs say, and RT-DETR's
     told = {
         "num_queries": (model.num_queries, PUBLISHED_QUERIES), "nhead": (model.num_heads, PUBLISHED_HEADS),
-        "cross_attn_method": (r.sampling, "bilinear"),
+        "cross_attn_method": (r.sampling, "bilinear"), "activation": (r.activation, small),
+        "mlp_act": (r.mlp_activation, small),
+        "num_points": (list(r.num_points), [4] * len(r.num_points)),
     }  # fmt: skip
     other = [f"{key} {ours}" for key, (ours, published) in told.items() if ours != published]
     return [*lines, f"its config must say: {', '.join(other)}"] if other else lines
@@ -131,14 +155,6 @@ def _check_backbone(loaded: Loaded) -> None:
         )
 
 
-def _assumed_classes(num: int, report: list[str]) -> Classes:
-    if num == len(coco_80()):
-        report.append("class table: COCO's 80 names in the order of their category ids, as in the published models")
-        return coco_80()
-    report.append(f"class table: the file has none; its {num} labels are called category 0, category 1, ...")
-    return Classes(tuple(f"category {i}" for i in range(num)), tuple(range(num)))
-
-
 def _assumed_lines(model: recipes.Model, heads_assumed: bool) -> list[str]:
     r = model.rtdetr
     lines = [
@@ -154,26 +170,43 @@ def _assumed_lines(model: recipes.Model, heads_assumed: bool) -> list[str]:
     return lines
 
 
-def _side_of(cells: int) -> int:
-    """The side of a square image whose maps have so many cells."""
-    return round(math.sqrt(cells / sum(1 / s**2 for s in _STRIDES)))
+def _size_of(anchors: torch.Tensor, num_levels: int) -> tuple[int, int] | None:
+    """The (h, w) of the images that a file's anchors [N, 4] are for; None where they are none of the original's."""
+    if not 1 <= num_levels <= 6:
+        return None
+    strides = _strides(num_levels)
+    area = len(anchors) / sum(1 / s**2 for s in strides)
+    near = range(round(math.sqrt(area)) - _STRIDES[-1], round(math.sqrt(area)) + _STRIDES[-1] + 1)
+    squares = [(side, side) for side in sorted(near, key=lambda side: side % _STRIDES[-1] != 0)]
+    for h, w in [*squares, *((h, round(area / h)) for h in range(_STRIDES[-1], 4097, _STRIDES[-1]))]:
+        if min(h, w) < _STRIDES[-1] or sum(int(h / s) * int(w / s) for s in strides) != len(anchors):
+            continue
+        # cells lie 0.05 apart, and a file may be in half precision
+        if torch.allclose(_anchors(num_levels, h, w)[0], anchors, atol=1e-2):
+            return h, w
+    return None
 
 
-def _buffers(model: recipes.Model, side: int) -> StateDict:
-    """anchors float32 [1, N, 4], valid_mask bool [1, N, 1] and, of each decoder layer, num_points_scale [P]."""
+def _anchors(num_levels: int, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The original's: float32 [N, 4], infinite where there is none, and whether there is one, bool [N, 1]."""
     rows = []
-    for level, stride in enumerate(_strides(len(model.rtdetr.num_points))):
-        n = int(side / stride)
-        y, x = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
-        centre = (torch.stack((x, y), -1).flatten(0, 1) + 0.5) / torch.tensor([n, n], dtype=torch.float32)
+    for level, stride in enumerate(_strides(num_levels)):
+        h, w = int(height / stride), int(width / stride)
+        y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        centre = (torch.stack((x, y), -1).flatten(0, 1) + 0.5) / torch.tensor([w, h], dtype=torch.float32)
         rows.append(torch.cat((centre, torch.full_like(centre, 0.05 * 2.0**level)), -1))
-    boxes = torch.cat(rows)[None]
+    boxes = torch.cat(rows)
     valid = ((boxes > 0.01) & (boxes < 0.99)).all(-1, keepdim=True)
-    anchors = torch.where(valid, torch.log(boxes / (1 - boxes)), torch.inf)
-    scale = torch.tensor([1 / n for n in model.rtdetr.num_points for _ in range(n)], dtype=torch.float32)
+    return torch.where(valid, torch.log(boxes / (1 - boxes)), torch.inf), valid
+
+
+def _buffers(model: recipes.Model, height: int, width: int) -> StateDict:
+    """anchors float32 [1, N, 4], valid_mask bool [1, N, 1] and, of each decoder layer, num_points_scale [P]."""
+    anchors, valid = _anchors(len(model.rtdetr.num_points), height, width)
+    scale = rtdetr_architecture.scale_of(model.rtdetr.num_points)
     layers = range(model.num_decoder_layers)
     scales = {f"decoder.decoder.layers.{i}.cross_attn.num_points_scale": scale.clone() for i in layers}
-    return {"decoder.anchors": anchors, "decoder.valid_mask": valid} | scales
+    return {"decoder.anchors": anchors[None], "decoder.valid_mask": valid[None]} | scales
 
 
 def _strides(num_levels: int) -> list[int]:

@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
+from detr_accel.models import recompute
 from detr_accel.models.attention import Attention
 from detr_accel.models.autocast import within_half
 
@@ -79,7 +79,7 @@ class Encoder(nn.Module):
 
     def forward(self, src: Tensor, pos: Tensor, key_valid: Tensor | None) -> Tensor:
         for layer in self.layers:
-            src = _call(self.checkpointing, layer, src, pos, key_valid)
+            src = recompute.call(self.checkpointing, layer, src, pos, key_valid)
         return src
 
 
@@ -95,7 +95,7 @@ class Decoder(nn.Module):
         memory_place = memory + pos  # the same for every layer
         outputs = []
         for layer in self.layers:
-            tgt = _call(self.checkpointing, layer, tgt, query_pos, memory, memory_place, key_valid)
+            tgt = recompute.call(self.checkpointing, layer, tgt, query_pos, memory, memory_place, key_valid)
             outputs.append(tgt)
         return self.norm(torch.stack(outputs))
 
@@ -137,9 +137,3 @@ class Transformer(nn.Module):
         memory = self.encoder(src, pos, key_valid)
         query_pos = query_embed.unsqueeze(0).expand(len(src), -1, -1).to(src.dtype)
         return self.decoder(torch.zeros_like(query_pos), query_pos, memory, pos, key_valid)
-
-
-def _call(checkpointing: bool, layer: nn.Module, *args: Tensor | None) -> Tensor:
-    if checkpointing and torch.is_grad_enabled():
-        return checkpoint(layer, *args, use_reentrant=False)  # restores the generators, so dropout repeats
-    return layer(*args)

@@ -15,10 +15,12 @@ from safetensors.torch import save_file
 from detr_accel.models import architecture, rtdetr_folder, weights
 from detr_accel.models.coco_classes import COCO_NAMES, NUM_LABELS, coco_91
 from detr_accel.models.keymaps import MASKED, from_transformers, is_counter, is_masked, to_transformers
+from detr_accel.models.rtdetr_folder import MEAN, STD
 from detr_accel.models.weights import Loaded
 from detr_accel.structures import Classes, UserError
 
 _KEPT_CONFIG = "transformers_config"
+_COUNTS = ("encoder_attention_heads", "decoder_attention_heads")
 _RESNET_PARTS = {"conv1", "bn1", "maxpool", "layer1", "layer2", "layer3", "layer4"}
 
 
@@ -27,8 +29,8 @@ def read(folder: Path) -> Loaded:
     Raises:
         UserError: no detector of a known kind, a variant that ours is not, or damaged.
     """
-    config = weights.read_json(folder / "config.json")
-    if isinstance(config, dict) and config.get("model_type") in rtdetr_folder.KINDS:
+    config = rtdetr_folder.read_table(folder / "config.json")
+    if config.get("model_type") in rtdetr_folder.KINDS:
         return rtdetr_folder.read(folder, config)
     _check_config(config, folder)
     if not (folder / weights.MODEL).is_file():
@@ -76,13 +78,14 @@ def write(loaded: Loaded, folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(weights.to_json(_preprocessor(loaded)), encoding="utf-8")
 
 
-def _check_config(config: Any, folder: Path) -> None:
-    kind = config.get("model_type") if isinstance(config, dict) else None
+def _check_config(config: dict[str, Any], folder: Path) -> None:
+    kind = config.get("model_type")
     if kind != "detr":
         known = ", ".join(("detr", *rtdetr_folder.KINDS))
         raise UserError(
             f"{folder}/config.json describes {kind or 'no model'}, not detr: it cannot be converted (known: {known})"
         )
+    rtdetr_folder.check_types(config, _COUNTS, folder)
     resnet = config.get("backbone_config") or {}
     wanted = [
         (config, "position_embedding_type", "sine"),
@@ -119,22 +122,24 @@ def _classes(config: dict, num_labels: int, folder: Path, report: list[str]) -> 
     if num_labels == NUM_LABELS and all(table[i] == name for i, name in COCO_NAMES.items()):
         report.append("class table: COCO's 80 names at their category ids (91 labels)")
         return coco_91()  # some configs name the gaps too (12: street sign); no category uses them
-    names = tuple(None if table[i] == rtdetr_folder.NO_NAME else table[i] for i in range(num_labels))
-    ids = config.get(rtdetr_folder.CATEGORY_IDS)
-    if not isinstance(ids, list) or len(ids) != num_labels:
-        ids = [None if name is None else i for i, name in enumerate(names)]
     report.append(f"class table: {num_labels} labels from config.json")
-    return Classes(names, tuple(ids))
+    return rtdetr_folder.class_table(config, [table[i] for i in range(num_labels)])
 
 
 def _check_normalisation(folder: Path, report: list[str]) -> None:
     path = folder / "preprocessor_config.json"
     if not path.is_file():
         return
-    told = weights.read_json(path)
-    mean, std = told.get("image_mean", list(_MEAN)), told.get("image_std", list(_STD))
-    if [round(v, 3) for v in [*mean, *std]] != [*_MEAN, *_STD]:
-        report.append(f"beware: its images are normalised with mean {mean} and std {std}, here with {_MEAN} and {_STD}")
+    told = rtdetr_folder.read_table(path)
+    mean, std = told.get("image_mean", MEAN), told.get("image_std", STD)
+    if not (_are_levels(mean, MEAN) and _are_levels(std, STD)):
+        report.append(f"beware: its images are normalised with mean {mean} and std {std}, here with {MEAN} and {STD}")
+
+
+def _are_levels(found: Any, known: list[float]) -> bool:
+    """Whether these are the known numbers, one a channel, to three digits."""
+    numbers = isinstance(found, list) and all(type(v) in (int, float) for v in found)
+    return numbers and [round(v, 3) for v in found] == known
 
 
 def _config(loaded: Loaded) -> dict:
@@ -182,7 +187,4 @@ def _mean_std(backbone: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     import timm
 
     told = timm.get_pretrained_cfg(backbone)
-    return (tuple(told.mean), tuple(told.std)) if told else (_MEAN, _STD)
-
-
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    return (tuple(told.mean), tuple(told.std)) if told else (tuple(MEAN), tuple(STD))

@@ -7,7 +7,8 @@ Legend: Q queries, C classes, D hidden_dim.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -29,7 +30,9 @@ _STACKS = {  # detector -> stack -> where its layers are numbered: the layers th
 _BEHIND = {"detr": " and no-object", "rtdetr": ""}  # what the head says beside the classes
 
 
-def warm_start(model: nn.Module, classes: Classes, loaded: Loaded, head: str) -> list[str]:
+def warm_start(
+    model: nn.Module, classes: Classes, loaded: Loaded, head: str, differing: Sequence[str] = ()
+) -> list[str]:
     """Copy a detector's weights into a model, in place.
 
     Args:
@@ -37,6 +40,7 @@ def warm_start(model: nn.Module, classes: Classes, loaded: Loaded, head: str) ->
         classes: of the data set that the model is for, C labels.
         loaded: the source.
         head: ``match``, ``keep`` or ``reset``, see ``recipe.Model.init_head``.
+        differing: settings that would make the model the source's, so that a refusal can name them all at once.
     Returns:
         lines to print: what was and what was not copied.
     Raises:
@@ -44,7 +48,8 @@ def warm_start(model: nn.Module, classes: Classes, loaded: Loaded, head: str) ->
     """
     own, source = model.state_dict(), loaded.state_dict
     kind = _kind(own)
-    _check_meaning(model, own, kind, loaded)
+    with _telling_all(differing):
+        _check_meaning(model, own, kind, loaded)
     lines: list[str] = []
     own_rest, source_rest = set(own), set(source)
     _drop_layers(_STACKS[kind], own, source, own_rest, source_rest, lines)
@@ -55,11 +60,23 @@ def warm_start(model: nn.Module, classes: Classes, loaded: Loaded, head: str) ->
     new |= _copy_head(heads, own, source, classes, loaded.classes, head, _BEHIND[kind], lines)
     own_rest -= new.keys()
     source_rest -= new.keys()
-    _check_rest(own, source, own_rest, source_rest, loaded)
+    with _telling_all(differing):
+        _check_rest(own, source, own_rest, source_rest, loaded)
     new |= {k: source[k] for k in own_rest}
     model.load_state_dict({**own, **new})
     lines.insert(0, f"initialised from {loaded.folder}: {len(own_rest)} of {len(own)} tensors copied as they are")
     return lines
+
+
+@contextmanager
+def _telling_all(differing: Sequence[str]) -> Iterator[None]:
+    """Add every setting that differs to a refusal that names one of them."""
+    try:
+        yield
+    except UserError as error:
+        if len(differing) < 2:
+            raise
+        raise UserError(f"{error}. All that differs: {' '.join(differing)}") from None
 
 
 def _kind(state: Iterable[str]) -> str:
@@ -121,7 +138,9 @@ def _drop_layers(
         if theirs > ours:
             lines.append(f"{stack}: the source's last {theirs - ours} of {theirs} layers left out")
         elif ours > theirs:
-            lines.append(f"{stack}: the last {ours - theirs} of {ours} layers start fresh")
+            last = f", among them the one that answers; model.num_{stack}_layers={theirs} takes the source's alone"
+            told = last * (stack == "decoder")
+            lines.append(f"{stack}: the last {ours - theirs} of {ours} layers start fresh{told}")
 
 
 def _drop_counters(own_rest: set, source_rest: set, lines: list[str]) -> None:

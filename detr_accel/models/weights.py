@@ -194,13 +194,14 @@ def damage(folder: Path, names: tuple[str, ...]) -> str | None:
     for name in names:
         if name not in manifest and name in (names[0], *_NEEDED[1:]):
             return f"{MANIFEST} does not list {name}"
-        fault = _differs(folder / name, manifest[name]) if name in manifest else None
+        fault = file_fault(folder / name, manifest[name]) if name in manifest else None
         if fault is not None:
             return fault
     return None
 
 
-def _differs(file: Path, row: Any) -> str | None:
+def file_fault(file: Path, row: Any) -> str | None:
+    """What is wrong with a file, in words; None where it is as its row of the manifest says."""
     if not isinstance(row, dict) or not {"bytes", "sha256"} <= row.keys():
         return f"{MANIFEST} has no size and sha256 of {file.name}"
     if not file.is_file():

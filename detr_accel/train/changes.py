@@ -43,6 +43,7 @@ RULES = {
     "model.rtdetr.num_denoising": BRANCHING,  # 0 and more differ in their weights, which the weights' names tell
     "model.rtdetr.label_noise": BRANCHING,
     "model.rtdetr.box_noise": BRANCHING,
+    "model.rtdetr.mirror_boxes": BRANCHING,
     "model.rtdetr.look_twice": BRANCHING,
     "model.init_from": SAFE,  # where the run began; a resume does not begin again
     "model.init_head": SAFE,

@@ -21,11 +21,13 @@ def build_optimizer(
     eps: float,
     fused: bool = False,
     no_decay: Collection[str] = (),
+    lr_backbone_norms: float | None = None,
 ) -> torch.optim.AdamW:
     """AdamW over named groups; decay on everything, as DETR does, unless told otherwise.
 
     Args:
-        groups: group name -> named trainable parameters; the group ``backbone`` learns at lr_backbone.
+        groups: group name -> named trainable parameters; the group ``backbone`` learns at lr_backbone, and
+            ``backbone_norms`` at lr_backbone_norms.
         no_decay: names of parameters that do not decay.
         fused: one kernel for the whole step, on CPU and GPU: the same update, rounded differently. Not with fp16: the
             fused step skips an overflow inside the kernel, unseen by Accelerate, which then reports a step taken.
@@ -35,9 +37,9 @@ def build_optimizer(
     Raises:
         UserError: there is nothing to train.
     """
-    rows = []
+    rows, rates = [], {"backbone": lr_backbone, "backbone_norms": lr_backbone_norms}
     for name, parameters in groups.items():
-        base_lr = lr_backbone if name == "backbone" else lr
+        base_lr = rates.get(name, lr)
         for kept, decay in ((False, weight_decay), (True, 0.0)):
             params = [p for n, p in parameters if (n in no_decay) == kept]
             if params:
@@ -59,7 +61,7 @@ def lr_schedule(
     drop_at: Iterable[float] = (),
     gamma: float = 0.1,
     min_factor: float = 0.0,
-    fall: tuple[float, float] = (0.5, 0.95),
+    fall: tuple[float, float] = (0.5, 1.0),
     warmup: str = "linear",
 ) -> Callable[[int], float]:
     """Factor on every group's learning rate.

@@ -83,16 +83,17 @@ def build(recipe: Recipe, accelerator: Accelerator, splits: data.Splits, *, resu
     loaded, head_loaded = [], 0.0
     if recipe.model.init_from is not None and not resume:
         fresh = bare.class_rows.detach().clone()  # [C, D]
-        loaded = models.init_from(bare, splits.train.classes, recipe.model.init_from, recipe.model.init_head)
+        loaded = models.init_from(bare, splits.train.classes, recipe.model)
         head_loaded = (bare.class_rows != fresh).any(1).double().mean().item()
     bare.to(accelerator.device)
     criterion = models.build_criterion(recipe, num_classes).to(accelerator.device)
-    groups = models.param_groups(bare)
+    groups = models.param_groups(bare, norms_apart=recipe.optim.lr_backbone_norms is not None)
     length = measure(recipe, len(splits.train))
     o, h = recipe.optim, recipe.health
     optimizer = build_optimizer(
         groups, lr=o.lr, lr_backbone=o.lr_backbone, weight_decay=o.weight_decay, betas=o.betas, eps=o.eps,
         fused=accelerator.scaler is None, no_decay=models.not_decayed(bare, o.no_decay),
+        lr_backbone_norms=o.lr_backbone_norms,
     )  # fmt: skip
     allocate_state(optimizer)
     ema = Ema(bare, recipe.ema.decay, recipe.ema.warmup_steps) if recipe.ema.enabled else None

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from detr_accel.models import deformable
 from detr_accel.models.deformable import DeformableAttention, Levels, levels_of
 
 SIZES, HEADS, DIM, POINTS = ((4, 6), (2, 3)), 2, 8, (3, 2)
@@ -139,3 +140,33 @@ def test_places_stay_in_full_precision_under_autocast():
     for place, exact in zip(seen[0], full, strict=True):
         assert place.dtype == torch.float32
         torch.testing.assert_close(place, exact, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(4, 6), (1, 1), (3, 2)])
+def test_reads_in_a_fixed_order_find_what_grid_sample_finds(sizes):
+    gen = torch.Generator().manual_seed(5)
+    features = torch.randn(3, 2, *sizes, generator=gen, dtype=torch.float64, requires_grad=True)
+    places = (torch.rand(3, 7, 4, 2, generator=gen, dtype=torch.float64) * 1.6 - 0.3).requires_grad_()  # some outside
+    weight = torch.randn(3, 2, 7, 4, generator=gen, dtype=torch.float64)
+    found = []
+    for take in (deformable._bilinear, deformable._bilinear_in_order):
+        out = take(features, places)
+        found.append((out, *torch.autograd.grad((out * weight).sum(), (features, places))))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_gradient_twice_where_that_was_asked_for():
+    attention, (query, boxes, memory) = layer().float().cuda(), (x.float().cuda() for x in inputs())
+    levels = levels_of([memory.new_zeros(2, DIM, h, w) for h, w in SIZES], NO_MASK.cuda())
+    torch.use_deterministic_algorithms(True)
+    try:
+        grads = []
+        for _ in range(2):
+            given = memory.clone().requires_grad_()
+            attention(query, boxes, given, levels).square().sum().backward()
+            grads.append(given.grad)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(*grads)

@@ -130,3 +130,10 @@ def test_double_precision_stays():
     found = Noise(4).queries([t], generators(0, 0, [0]), CLASSES, 2)
     assert found.boxes_cxcywh.dtype == torch.float64 and found.labels.dtype == torch.int64
     assert np.isfinite(found.boxes_cxcywh.numpy()).all()
+
+
+def test_corners_that_have_changed_sides_span_a_box_where_that_is_wanted():
+    """DEIM's: the same corners, and no negative without area."""
+    (plain, mirrored) = (queries([3, 1], Noise(12, 0.5, 1.0, mirror))[1].boxes_cxcywh for mirror in (False, True))
+    assert (plain[..., 2:] < 0).any() and (mirrored[..., 2:] >= 0).all()
+    assert torch.equal(plain[..., :2], mirrored[..., :2]) and torch.equal(plain[..., 2:].abs(), mirrored[..., 2:])

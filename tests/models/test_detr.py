@@ -98,15 +98,16 @@ def test_fully_masked_image_stays_finite_and_leaves_the_others_alone(make_model,
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-def test_boxes_are_float32_under_autocast(make_model, make_batch):
+def test_boxes_and_scores_are_float32_under_autocast(make_model, make_batch):
     model = make_model(dtype=torch.float32)
     images, mask, _ = make_batch([1, 1], dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         outputs = model(images, mask)
     assert outputs["pred_boxes"].dtype == torch.float32
-    assert outputs["pred_logits"].dtype == torch.bfloat16
-    coarse = outputs["pred_boxes"].bfloat16().float()
-    assert (outputs["pred_boxes"] != coarse).any(), "the box head itself must not run in bfloat16"
+    assert outputs["pred_logits"].dtype == torch.float32
+    for key in ("pred_boxes", "pred_logits"):
+        coarse = outputs[key].bfloat16().float()
+        assert (outputs[key] != coarse).any(), "the heads themselves must not run in bfloat16"
     full = model(images, mask)
     assert (outputs["pred_boxes"] - full["pred_boxes"]).abs().max() < 0.1
     outputs["pred_boxes"].sum().backward()

@@ -89,12 +89,16 @@ def test_what_padding_holds_reaches_no_farther_than_the_convolutions(make_encode
     assert min(far) > 1e-6, "and without the mask it is seen from everywhere"
 
 
-def test_checkpointing_changes_no_number(make_encoder):
+@pytest.mark.law4
+@pytest.mark.parametrize("train", [False, True])
+def test_checkpointing_changes_no_number(make_encoder, train):
+    """Nor the statistics of live norms, which see every image once."""
     found = []
     for on in (False, True):
-        encoder, given = make_encoder(checkpointing=on), [m.requires_grad_() for m in maps()]
+        encoder, given = make_encoder(checkpointing=on, train=train), [m.requires_grad_() for m in maps()]
         sum((m * (i + 1)).square().sum() for i, m in enumerate(encoder(given, nothing()))).backward()
-        found.append([m.grad for m in given] + [p.grad for p in encoder.parameters()])
+        grads = [m.grad for m in given] + [p.grad for p in encoder.parameters()]
+        found.append(grads + [b.clone() for b in encoder.buffers()])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 

@@ -1,7 +1,11 @@
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 
+from detr_accel import models
 from detr_accel.models import postprocess
+from detr_accel.structures import Targets
 
 
 def test_detections_are_the_best_class_of_each_query_in_pixels_of_the_file():
@@ -66,3 +70,13 @@ def test_equal_scores_of_independent_classes_keep_their_order_whatever_the_batch
     for one in many:
         np.testing.assert_array_equal(one.boxes_xyxy_px, found.boxes_xyxy_px)
         np.testing.assert_array_equal(one.labels, found.labels)
+
+
+def test_an_evaluation_hears_of_as_many_as_there_are_queries():
+    """The originals keep 300 of all queries and classes; COCO's limit of 100 is one of each image and class."""
+    model = SimpleNamespace(num_queries=300, has_background=False)
+    gen = torch.Generator().manual_seed(0)
+    outputs = {"pred_logits": torch.randn(1, 300, 4, generator=gen), "pred_boxes": torch.rand(1, 300, 4, generator=gen)}
+    target = Targets(1, torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), (8, 8), (80, 80))
+    assert len(models.detections_of(model, outputs, [target], 100)[0].scores) == 300
+    assert len(models.detections_of(model, outputs, [target], 500)[0].scores) == 500

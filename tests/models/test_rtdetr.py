@@ -246,9 +246,9 @@ def test_checkpointing_a_part_changes_no_gradient(make_rtdetr, make_batch, part)
         torch.testing.assert_close(found[1][name], grad, rtol=1e-9, atol=1e-12)
 
 
-def test_autocast_leaves_boxes_in_full_precision(make_rtdetr, make_batch):
-    """Boxes: float32 from a float32 head, reference points and places. What is left is bfloat16's three digits in the
-    contents: a box moves by a hundredth of the image at most, in the mean by far less."""
+def test_autocast_leaves_boxes_and_scores_in_full_precision(make_rtdetr, make_batch):
+    """Float32 heads, reference points and places. What is left is bfloat16's three digits in the contents: a box moves
+    by a hundredth of the image at most, in the mean by far less."""
     model = make_rtdetr(dtype=torch.float32).eval()
     images, mask, targets = make_batch([1, 1], dtype=torch.float32)
     with torch.no_grad():
@@ -256,10 +256,9 @@ def test_autocast_leaves_boxes_in_full_precision(make_rtdetr, make_batch):
         with torch.autocast("cpu", torch.bfloat16):
             half = model(images, mask, disturbed(targets))
     for layer in (half, half["enc_outputs"], *half["aux_outputs"], *half["dn_outputs"]):
-        assert layer["pred_boxes"].dtype == torch.float32
-    assert half["pred_logits"].dtype == torch.bfloat16
-    coarse = half["pred_boxes"].bfloat16().float()
-    assert (half["pred_boxes"] != coarse).any(), "the box head itself must not run in bfloat16"
+        for key in ("pred_boxes", "pred_logits"):
+            assert layer[key].dtype == torch.float32
+            assert (layer[key] != layer[key].bfloat16().float()).any(), "the heads themselves must not run in bfloat16"
     # another choice of queries is another list: boxes are compared as sets
     gap = (half["enc_outputs"]["pred_boxes"][:, :, None] - full["enc_outputs"]["pred_boxes"][:, None]).abs().amax(-1)
     assert gap.amin(2).median() < 0.01
@@ -291,6 +290,18 @@ def test_autocast_leaves_the_positions_of_queries_in_full_precision(make_rtdetr,
     assert len(made) == 3
     for boxes, found in made:
         torch.testing.assert_close(found, head(boxes.float()), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_panorama_with_fewer_cells_than_queries_is_answered(make_rtdetr, learned):
+    """Rectangles: one image of 1 to 40 must not end an evaluation. Training refuses, where its window is planned."""
+    model = make_rtdetr(dtype=torch.float32, num_queries=60, parts={"learned_queries": learned}).eval()
+    images, mask = torch.randn(1, 3, 32, 64), torch.zeros(1, 0, 0, dtype=torch.bool)
+    with torch.no_grad():
+        found = model(images, mask)
+    assert found["pred_boxes"].shape[1] == 4 * 8 + 2 * 4 + 1 * 2 and found["pred_boxes"].isfinite().all()
+    with pytest.raises(UserError, match="has only 42 cells to choose from"):
+        model.train()(images, mask)
 
 
 def test_inverse_sigmoid_is_finite_at_the_ends():

@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from detr_accel import models
 from detr_accel import recipe as recipes
 from detr_accel.infer.detector import load as load_detector
+from detr_accel.infer.evaluation import evaluate_checkpoint
 from detr_accel.models import class_rows, convert, rtdetr_architecture, rtdetr_keymaps, weights
 from detr_accel.models.coco_classes import COCO_NAMES, coco_80
 from detr_accel.structures import Classes, UserError
@@ -155,6 +157,52 @@ def test_anchors_of_another_image_size_come_back(tmp_path):
     assert read.recipe.data.eval_size == 96
     convert.write(read, tmp_path / "b.pth", to="official")
     assert equal(torch.load(tmp_path / "b.pth", weights_only=True)["model"], state)
+
+
+@pytest.mark.parametrize("height, width", [(480, 640), (640, 384), (600, 600), (608, 96)])
+def test_images_of_any_shape_that_an_official_file_was_made_for_are_told_and_come_back(tmp_path, height, width):
+    state = official_state(2)
+    state["decoder.anchors"], state["decoder.valid_mask"] = anchors(height, width)
+    read = convert.read(save({"model": state}, tmp_path / "a.pth"))
+    square = height == width
+    assert read.recipe.data.eval_size == (height if square else 640)
+    assert said(read.report, "beware", f"{height} x {width}", "squares of 640") != square
+    lines = convert.write(read, tmp_path / "b.pth", to="official")
+    assert said(lines, f"anchors: for images of {height} x {width}, which must be eval_spatial_size")
+    assert equal(torch.load(tmp_path / "b.pth", weights_only=True)["model"], state)
+
+
+def test_anchors_that_nobody_knows_are_told_and_made_anew(tmp_path):
+    state = official_state(2)
+    state["decoder.anchors"] = torch.randn(1, 100, 4)
+    read = convert.read(save({"model": state}, tmp_path / "a.pth"))
+    assert said(read.report, "beware", "unknown shape") and read.recipe.data.eval_size == 640
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_detector_of_another_size_is_written_with_it(tmp_path, version):
+    ours = loaded()
+    data = ours.recipe.data.model_copy(update={"eval_size": 320})
+    ours.recipe, ours.meta["version"] = ours.recipe.model_copy(update={"data": data}), version
+    lines = convert.write(ours, tmp_path / "own.pth", to="official")
+    assert said(lines, "anchors: for images of 320 x 320") == (version == 2)
+    assert convert.read(tmp_path / "own.pth").recipe.data.eval_size == 320
+
+
+@pytest.mark.parametrize("to", ["official", "transformers"])
+def test_a_detector_of_rectangles_is_not_written_as_one_of_squares_in_silence(tmp_path, to):
+    ours = loaded()
+    assert not said(convert.write(ours, tmp_path / "square", to=to), "beware")
+    data = ours.recipe.data.model_copy(update={"square": False})
+    ours.recipe = ours.recipe.model_copy(update={"data": data})
+    assert said(convert.write(ours, tmp_path / "own", to=to), "beware", "trained on rectangles")
+
+
+def test_what_leaves_no_shape_is_told_for_the_originals_config(tmp_path):
+    odd = {"activation": "silu", "mlp_activation": "relu", "num_points": [2, 6, 4]}
+    lines = convert.write(loaded(rtdetr=odd), tmp_path / "own.pth", to="official")
+    assert said(lines, "its config must say", "activation silu", "num_points [2, 6, 4]") and not said(lines, "mlp_act")
+    assert not said(convert.write(loaded(rtdetr=DEIM), tmp_path / "deim.pth", to="official"), "its config must say")
 
 
 def test_points_and_heads_are_told_apart_where_the_file_has_their_scale(tmp_path):
@@ -318,6 +366,7 @@ def test_coco_labels_are_category_ids_in_their_order():
     ({"backbone_config": "resnet"}, "backbone_config is 'resnet'; it must be a table"),
     ({"id2label": ["a"]}, r"id2label is \['a'\]; it must be a table"),
     ({"id2label": {"x": "a"}}, "it must be a table of labels 0, 1"),
+    ({"id2label": {"0": 5}}, "it must be a table of names"),
 ], ids=lambda v: next(iter(v)) if isinstance(v, dict) else "")  # fmt: skip
 def test_configs_of_other_detectors_are_refused_in_one_sentence(hub_folder, change, sentence):
     folder = hub_folder
@@ -325,6 +374,26 @@ def test_configs_of_other_detectors_are_refused_in_one_sentence(hub_folder, chan
     (folder / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(UserError, match=sentence):
         convert.read(folder)
+
+
+def test_what_the_recipe_changed_goes_into_the_config_that_came(hub_folder, tmp_path):
+    path = hub_folder / "config.json"
+    config = json.loads(path.read_text()) | {"label_noise_ratio": 0.3, "box_noise_scale": 0.4}
+    path.write_text(json.dumps(config))
+    read = convert.read(hub_folder)
+    assert (read.recipe.model.rtdetr.label_noise, read.recipe.model.rtdetr.box_noise) == (0.3, 0.4)
+
+    def written(name, **changes):
+        inside = read.recipe.model.rtdetr.model_copy(update=changes.pop("rtdetr", {}))
+        model = read.recipe.model.model_copy(update={"rtdetr": inside, **changes})
+        read.recipe = read.recipe.model_copy(update={"model": model})
+        convert.write(read, tmp_path / name, to="transformers")
+        return json.loads((tmp_path / name / "config.json").read_text())
+
+    assert written("same") == config
+    assert written("more", num_queries=500) == config | {"num_queries": 500}
+    other = written("cells", rtdetr={"sampling": "discrete"})
+    assert (other["model_type"], other["decoder_method"], other["num_queries"]) == ("rt_detr_v2", "discrete", 500)
 
 
 def test_images_normalised_otherwise_than_known_are_refused(hub_folder):
@@ -401,6 +470,34 @@ def test_published_detectors_are_fetched_and_answer_as_published(hub_id, kind):
     boxes = [[0.7707, 0.4124, 0.4585], [0.2589, 0.5492, 0.4735], [0.1688, 0.1993, 0.2108]]
     torch.testing.assert_close(found["pred_logits"][0, :3, :3], torch.tensor(logits), atol=2e-3, rtol=1e-3)
     torch.testing.assert_close(found["pred_boxes"][0, :3, :3], torch.tensor(boxes), atol=1e-3, rtol=1e-3)
+
+
+_RELEASES = "https://github.com/lyuwenyu/storage/releases/download/v0.1/"
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("name, hub_id", [
+    ("rtdetr_r101vd_6x_coco_from_paddle.pth", "PekingU/rtdetr_r101vd"),
+    ("rtdetrv2_r101vd_6x_coco_from_paddle.pth", "PekingU/rtdetr_v2_r101vd"),
+])  # fmt: skip
+def test_the_originals_files_hold_what_the_hub_has(tmp_path, name, hub_id):
+    torch.hub.download_url_to_file(_RELEASES + name, str(tmp_path / name), progress=False)
+    ours, theirs = convert.read(tmp_path / name), convert.read(convert.fetch(hub_id))
+    assert equal(ours.state_dict, theirs.state_dict) and ours.classes == theirs.classes
+
+
+@pytest.mark.network
+@pytest.mark.slow
+@pytest.mark.parametrize("hub_id, ap", [
+    ("PekingU/rtdetr_r101vd", 0.543), ("PekingU/rtdetr_v2_r101vd", 0.543), ("PekingU/rtdetr_r101vd_coco_o365", 0.562),
+])  # fmt: skip
+def test_published_detectors_score_as_published(hub_id, ap):
+    """On val2017, in the folder that the environment's COCO names."""
+    coco = os.environ.get("COCO")
+    if not coco:
+        pytest.skip("set COCO to the folder that holds val2017 and annotations")
+    metrics, _ = evaluate_checkpoint(str(convert.fetch(hub_id)), split="val", data_folder=Path(coco), quiet=True)
+    assert metrics.values["AP"] == pytest.approx(ap, abs=0.001)
 
 
 def coco_photo():

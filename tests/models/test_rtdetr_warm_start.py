@@ -7,7 +7,7 @@ from rtdetr_files import DEIM, loaded, randomise, small_model, small_recipe
 
 from detr_accel import models
 from detr_accel import recipe as recipes
-from detr_accel.models import convert, weights
+from detr_accel.models import architecture, convert, weights
 from detr_accel.models.class_rows import class_entries
 from detr_accel.structures import Classes, UserError
 
@@ -183,3 +183,26 @@ def test_a_first_shortcut_starts_as_the_identity_and_is_refused_where_there_is_o
             torch.testing.assert_close(a, b)
     with pytest.raises(UserError, match="first block of resnet50d.ra2_in1k has no plain shortcut"):
         small_model(3, backbone="resnet50d.ra2_in1k", first_shortcut=True)
+
+
+def test_a_refusal_names_everything_that_differs_and_that_is_all_it_takes(tmp_path):
+    """Not one key after the other, run after run."""
+    old = loaded(4, OLD, seed=1, num_decoder_layers=1, rtdetr=DEIM)
+    convert.write(old, tmp_path / "old")
+    asked = small_recipe().model
+    with pytest.raises(UserError) as refused:
+        convert.init_from(fresh_and_model()[1], NEW, tmp_path / "old", asked=asked)
+    settings = str(refused.value).partition("All that differs: ")[2].split()
+    assert "model.num_decoder_layers=1" in settings and "model.rtdetr.query_pos_layers=3" in settings
+    assert "model.rtdetr.activation=silu" in settings and not [s for s in settings if "backbone" in s]
+    (tmp_path / "r.yaml").write_text(recipes.dumps(small_recipe()))
+    changed = recipes.load(tmp_path / "r.yaml", settings)
+    assert architecture.differing(changed.model, old.recipe.model) == []
+    lines = convert.init_from(models.build(changed, 3, load_weights=False), NEW, tmp_path / "old", asked=changed.model)
+    assert not said(lines, "layers start fresh")
+
+
+def test_layers_that_answer_without_having_learned_are_told_with_the_key(tmp_path):
+    convert.write(loaded(4, OLD, seed=1, num_decoder_layers=1), tmp_path / "old")
+    lines = convert.init_from(fresh_and_model()[1], NEW, tmp_path / "old")
+    assert said(lines, "the last 1 of 2 layers start fresh", "model.num_decoder_layers=1 takes the source's alone")

@@ -233,6 +233,12 @@ def test_activations_hidden_in_a_norm_are_refused_for_transformers(tmp_path):
     ({"activation_function": "gelu"}, "activation_function is 'gelu'"),
     ({"decoder_attention_heads": 8}, "decoder_attention_heads is 8"),
     ({"decoder_ffn_dim": 12, "id2label": {"0": "a"}}, "names 1 labels, but the head has 3"),
+    ({"encoder_attention_heads": "4"}, "encoder_attention_heads is '4'; it must be a whole number above 0"),
+    ({"dropout": "much"}, "dropout is 'much'; it must be a number"),
+    ({"backbone_config": "resnet"}, "backbone_config is 'resnet'; it must be a table"),
+    ({"backbone_kwargs": [16]}, r"backbone_kwargs is \[16\]; it must be a table"),
+    ({"id2label": ["a"]}, r"id2label is \['a'\]; it must be a table"),
+    ({"id2label": {"x": "a"}}, "it must be a table of labels 0, 1"),
 ], ids=lambda v: next(iter(v)) if isinstance(v, dict) else "")  # fmt: skip
 def test_configs_of_other_detectors_are_refused_in_one_sentence(tmp_path, change, sentence):
     _, loaded = ours("resnet18.tv_in1k")
@@ -240,6 +246,21 @@ def test_configs_of_other_detectors_are_refused_in_one_sentence(tmp_path, change
     path = tmp_path / "hf" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=sentence):
+        convert.read(tmp_path / "hf")
+
+
+def test_other_pixels_are_told_whatever_stands_there(tmp_path):
+    _, loaded = ours("resnet18.tv_in1k")
+    convert.write(loaded, tmp_path / "hf", to="transformers")
+    path = tmp_path / "hf" / "preprocessor_config.json"
+    told = json.loads(path.read_text())
+    assert not any("beware" in line for line in convert.read(tmp_path / "hf").report)
+    for mean in ([0.5, 0.5, 0.5], 0.5, None, "imagenet", [None, 0.456, 0.406]):
+        path.write_text(json.dumps(told | {"image_mean": mean}))
+        report = convert.read(tmp_path / "hf").report
+        assert any("beware: its images are normalised with mean" in line for line in report)
+    path.write_text("[]")
+    with pytest.raises(UserError, match="is no table of settings"):
         convert.read(tmp_path / "hf")
 
 

@@ -1,6 +1,8 @@
 import torch
 from torch import nn
 
+from detr_accel import models
+from detr_accel import recipe as recipes
 from detr_accel.train.optim import build_optimizer, lr_schedule, set_lr
 
 
@@ -80,3 +82,25 @@ def test_what_is_named_does_not_decay_and_the_rest_does():
     torch.testing.assert_close(weight.detach(), before[0] * (1 - 0.1 * 0.5))
     assert torch.equal(free, before[1])
     assert set_lr(opt, 0.5) == {"heads": 0.05} and {g["lr"] for g in opt.param_groups} == {0.05}
+
+
+def test_the_backbones_norms_may_learn_at_a_rate_of_their_own():
+    """As DEIM trains them: a hundred times as fast as the rest of the backbone."""
+    text = (
+        "data: {format: shapes}\nmodel: {name: rtdetr, backbone: {name: test_efficientnet, weights: none}}\n"
+        "optim: {lr: 2.0e-4, lr_backbone: 2.0e-6, lr_backbone_norms: 1.0e-4, no_decay: [norms]}\n"
+    )
+    recipe = recipes.loads(text)
+    model = models.build(recipe, 3)
+    groups = models.param_groups(model, norms_apart=True)
+    names = [name for name, _ in groups["backbone_norms"]]
+    assert names and all(name.startswith("backbone.") and ".bn" in name for name in names)
+    assert not [name for name, _ in groups["backbone"] if ".bn" in name]
+    whole = {name for rows in models.param_groups(model).values() for name, _ in rows}
+    assert {name for rows in groups.values() for name, _ in rows} == whole
+    optimizer = build_optimizer(
+        groups, lr=2e-4, lr_backbone=2e-6, weight_decay=1e-4, betas=(0.9, 0.999), eps=1e-8,
+        no_decay=models.not_decayed(model, ["norms"]), lr_backbone_norms=1e-4,
+    )  # fmt: skip
+    rates = {group["name"]: group["base_lr"] for group in optimizer.param_groups}
+    assert rates == {"backbone": 2e-6, "backbone_norms": 1e-4, "transformer": 2e-4, "heads": 2e-4}
