@@ -162,6 +162,7 @@ class Batch:
     epoch: int = 0
     lost: tuple[Lost, ...] = ()  # images that belong here and could not be read: their places are empty
     spent: LoaderTime | None = None  # what its making took
+    places: tuple[int, ...] = ()  # each image's in the micro-batch as planned; empty where none of it is lost
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -176,7 +177,7 @@ class Batch:
         cut = slice(start, stop)
         return replace(
             self, images=self.images[cut], mask=self.mask[cut], targets=self.targets[cut], lost=(),
-            positions=self.positions[cut], spent=None,
+            positions=self.positions[cut], spent=None, places=self.places[cut],
         )  # fmt: skip
 
     def padded(self, canvas_px: tuple[int, int]) -> Batch:

@@ -44,7 +44,8 @@ def make_batch(
         positions.append(position)
     if lost:
         images, mask = images[: len(targets)].clone(), mask[: len(targets)].clone()
-    return Batch(images, mask, targets, tuple(positions), task.window, task.epoch, tuple(lost))
+    places = _places(task, positions)
+    return Batch(images, mask, targets, tuple(positions), task.window, task.epoch, tuple(lost), places=places)
 
 
 def plan_batch(
@@ -58,8 +59,13 @@ def plan_batch(
     return PlannedBatch(
         pixels, tuple(tuple(i.shape[:2]) for i in images), tuple(plan for _, plan, _ in rows), task.canvas_px, mean,
         std, [_targets(sample, plan) for _, plan, sample in rows], tuple(position for position, _, _ in rows),
-        task.window, task.epoch, tuple(lost),
+        task.window, task.epoch, tuple(lost), places=_places(task, [position for position, _, _ in rows]),
     )  # fmt: skip
+
+
+def _places(task: Task, positions: list[int]) -> tuple[int, ...]:
+    """Of what could be read, in the task; empty where that is everything."""
+    return () if len(positions) == len(task.positions) else tuple(task.positions.index(p) for p in positions)
 
 
 def _samples(source: Source, task: Task, leave_out: bool, lost: list[Lost]) -> Iterator[tuple[int, Plan, list[Sample]]]:

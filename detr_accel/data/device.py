@@ -39,6 +39,7 @@ class PlannedBatch:
     epoch: int = 0
     lost: tuple[Lost, ...] = ()
     spent: LoaderTime | None = None
+    places: tuple[int, ...] = ()  # see Batch
     _arrived: torch.cuda.Event | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
@@ -52,7 +53,7 @@ class PlannedBatch:
         return replace(
             self, pixels=self.pixels[sum(counts[:first]) : sum(counts[:last])], sizes_px=self.sizes_px[first:last],
             plans=self.plans[cut], targets=self.targets[cut], positions=self.positions[cut], lost=(),
-            spent=None,
+            places=self.places[cut], spent=None,
         )  # fmt: skip
 
     def pin_memory(self) -> PlannedBatch:
@@ -91,7 +92,7 @@ class PlannedBatch:
             torch.addcmul(shift, compose(pieces, plan, fill), scale, out=images[row, :, :h, :w])
             mask[row, :h, :w] = False
         targets = [t.to(device, non_blocking) for t in self.targets]
-        return Batch(images, mask, targets, self.positions, self.window, self.epoch, self.lost)
+        return Batch(images, mask, targets, self.positions, self.window, self.epoch, self.lost, places=self.places)
 
     def _decoded(self, pixels: Tensor) -> Iterator[Tensor]:
         """Each image, uint8 [3, h, w]."""

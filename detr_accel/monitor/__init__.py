@@ -19,8 +19,8 @@ from detr_accel.recipe import Recipe
 from detr_accel.structures import UserError
 
 __all__ = [
-    "Alarms", "Eta", "Memory", "Silent", "Sinks", "about", "build", "build_alarms", "decide_mode", "memory", "timing",
-    "versions",
+    "Alarms", "Eta", "Memory", "Silent", "Sinks", "about", "build", "build_alarms", "memory", "timing", "versions",
+    "wandb_mode",
 ]  # fmt: skip
 
 PACKAGES = ("torch", "torchvision", "accelerate", "timm", "wandb", "numpy", "hotcoco", "pycocotools")
@@ -34,9 +34,11 @@ def build(
     total_windows: int,
     windows_per_epoch: int,
     start_window: int = 0,
+    evaluation_owed: bool = False,
     fingerprint: dict[str, str],
     wandb_run_id: str | None = None,
     parent: str | None = None,
+    mode: str | None = None,
 ) -> Sinks | Silent:
     """The run's sinks; on every process but the main one, a silent stand-in with the same methods.
 
@@ -45,13 +47,16 @@ def build(
     Args:
         run_folder: runs/NAME.
         accelerator: made with ``log_with="wandb"`` where log.wandb.enabled is set.
+        start_window, evaluation_owed: see ``Sinks``.
         fingerprint: name of a split -> its data's fingerprint.
         wandb_run_id: the W&B run to go on with (online only).
         parent: the checkpoint that this run branched off.
+        mode: of W&B, the same on every process; None asks ``wandb_mode``.
     Raises:
         UserError: W&B must be online and has no key.
     """
-    wandb = _wandb(recipe, Path(run_folder), accelerator, fingerprint, wandb_run_id, parent)
+    mode = mode or wandb_mode(recipe)
+    wandb = _wandb(recipe, Path(run_folder), accelerator, fingerprint, wandb_run_id, parent, mode)
     if not accelerator.is_main_process:
         return Silent()
     evaluations = total_windows / max(1, round(recipe.evaluate.every_epochs * windows_per_epoch))
@@ -66,11 +71,21 @@ def build(
     console = Console(total_windows, windows_per_epoch, start_window)
     sinks = Sinks(
         Path(run_folder), console, eta, wandb, name=recipe.name, start_window=start_window,
-        device=accelerator.device, metric=recipe.evaluate.metric,
+        evaluation_owed=evaluation_owed, device=accelerator.device, metric=recipe.evaluate.metric,
     )  # fmt: skip
     if wandb is not None:
         sinks.say(wandb.note)
+        sinks.wandb = wandb if wandb.run is not None else None
     return sinks
+
+
+def wandb_mode(recipe: Recipe) -> str:
+    """``online``, ``offline`` or ``disabled``: to be asked on one process, whose key and environment count.
+
+    Raises:
+        UserError: see ``decide_mode``.
+    """
+    return decide_mode(recipe.log.wandb.mode) if recipe.log.wandb.enabled else "disabled"
 
 
 def about(recipe: Recipe, num_images: int, *, on_gpu: bool = False, cores: int = 1) -> About:
@@ -131,14 +146,12 @@ def _wandb(
     fingerprint: dict[str, str],
     run_id: str | None,
     parent: str | None,
+    mode: str,
 ) -> WandbSink | None:
     wanted = recipe.log.wandb
-    if not wanted.enabled:
-        return None
-    assert "wandb" in [str(x) for x in accelerator.log_with], 'make the Accelerator with log_with="wandb"'
-    mode = decide_mode(wanted.mode)
     if mode == "disabled":
         return None
+    assert "wandb" in [str(x) for x in accelerator.log_with], 'make the Accelerator with log_with="wandb"'
     config = {
         "recipe": recipe.model_dump(mode="json"),
         "versions": versions(),

@@ -37,7 +37,7 @@ def memory_close(now: StepStats, past: Past, about: About) -> Alarm | None:
     where = "the GPU's memory" if about.on_gpu else "the machine's memory"
     return Alarm(
         f"{100 * now.memory_fraction:.0f} % of {where} is taken at window {now.window}: a larger window may not fit "
-        "(it would then be repeated in smaller parts); lower batch.micro (the result stays the same), set "
+        "(it would then be repeated in smaller parts); lower batch.micro (batch.size stays), set "
         "model.activation_checkpointing=auto, or end what else uses the memory"
     )
 

@@ -32,6 +32,7 @@ class Sinks:
             repeated), ``speed.jsonl`` (clock and memory) and ``alarms.jsonl``.
         start_window: windows done before; later rows of the two first files are dropped, to be written again. W&B has
             had them already, and does not get them twice.
+        evaluation_owed: an evaluation after start_window is still to come, and its row, if there is one, with it.
         device: whose memory is reported.
         metric: by which evaluations are compared.
     """
@@ -45,6 +46,7 @@ class Sinks:
         *,
         name: str,
         start_window: int = 0,
+        evaluation_owed: bool = False,
         device: Any = "cpu",
         metric: str = "AP",
     ) -> None:
@@ -53,8 +55,8 @@ class Sinks:
         self.phases = memory.Phases(torch.device(device))
         self._sent = _Sent(run_folder / "wandb_sent.json", start_window)
         self._unwritten = False
-        self.metrics = JsonLines(run_folder / "metrics.jsonl", keep_until=start_window)
-        self.speed = JsonLines(run_folder / "speed.jsonl", keep_until=start_window)
+        self.metrics = JsonLines(run_folder / "metrics.jsonl", start_window, owed="val/" if evaluation_owed else None)
+        self.speed = JsonLines(run_folder / "speed.jsonl", start_window)
         # alarms stay: what was wrong then may not come again. One that does is not written or sent a second time
         self._alarmed = {(row["window"], row["title"]) for row in read(run_folder / "alarms.jsonl")}
         self.alarms = JsonLines(run_folder / "alarms.jsonl")

@@ -70,7 +70,13 @@ def _has_key() -> bool:
     import wandb
 
     ours = "WANDB_SERVICE" not in os.environ
-    settings = wandb.setup().settings
+    try:
+        settings = wandb.setup().settings
+    except Exception as error:  # pydantic's, the library's own: whatever a variable of the environment says
+        raise UserError(
+            f"W&B refuses its settings ({first_line(error)}): mend the WANDB_* variables of the environment, or set "
+            "log.wandb.enabled=false"
+        ) from None
     if ours:
         wandb.teardown()  # else every process started from here would write through the service that this one keeps
     if settings.api_key:
@@ -142,7 +148,8 @@ class WandbSink:
     def __init__(self, accelerator: Any, arguments: dict[str, Any]) -> None:
         self.note = _start(accelerator, arguments)
         self._alerted: dict[str, float] = {}
-        self.run = accelerator.get_tracker("wandb", unwrap=True) if accelerator.is_main_process else None
+        started = accelerator.is_main_process and accelerator.trackers
+        self.run = accelerator.get_tracker("wandb", unwrap=True) if started else None
         if self.run is not None:
             self._define()
 
@@ -209,15 +216,19 @@ class WandbSink:
 def _start(accelerator: Any, arguments: dict[str, Any]) -> str:
     """Start the tracker on every process; go on offline when the server cannot be reached. Returns what to tell."""
     init = arguments["init_kwargs"]["wandb"]
-    try:
-        accelerator.init_trackers(**arguments)
-    except Exception as error:
-        if init["mode"] != "online":
-            raise
-        accelerator.trackers.clear()  # the one that failed is already in the list
-        offline = {k: v for k, v in init.items() if k not in ("id", "resume")} | {"mode": "offline"}
-        accelerator.init_trackers(**(arguments | {"init_kwargs": {"wandb": offline}}))
-        return f"W&B: offline, because going online failed ({first_line(error)})"
+    offline = {k: v for k, v in init.items() if k not in ("id", "resume")} | {"mode": "offline"}
+    why = ""
+    for tried in (init, offline) if init["mode"] == "online" else (init,):
+        try:
+            accelerator.init_trackers(**(arguments | {"init_kwargs": {"wandb": tried}}))
+            break
+        except Exception as error:
+            accelerator.trackers.clear()  # the one that failed is already in the list
+            why = why or first_line(error)
+    else:
+        return f"W&B: off, because it could not start ({why}); the run's own files have everything"
+    if why:
+        return f"W&B: offline, because going online failed ({why})"
     if not accelerator.is_main_process:
         return ""
     run = accelerator.get_tracker("wandb", unwrap=True)

@@ -35,22 +35,25 @@ def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
     return said[1]
 
 
-def everywhere(accelerator: Accelerator, action: Callable[[], T]) -> T:
+def everywhere(accelerator: Accelerator, action: Callable[[], T], at_once: bool = False) -> T:
     """Do it on every process, on each node's first one before the others (which then find what it downloaded).
 
+    Args:
+        at_once: all at the same time, because they wait for each other in another way than an exchange between
+            processes, which may not last longer than dist.timeout_minutes.
     Raises:
         UserError: on every process alike, where it refused or failed on any.
     """
     result, failure = None, None
     for turn in (True, False):
-        if accelerator.is_local_main_process is turn:
+        if turn if at_once else accelerator.is_local_main_process is turn:
             try:
                 result = action()
             except Exception as error:
                 failure = error
                 if not isinstance(error, UserError):
                     traceback.print_exc()
-        if turn:
+        if turn and not at_once:
             accelerator.wait_for_everyone()
     said = [text for text in gather_object([None if failure is None else _words(failure)]) if text]
     if said:

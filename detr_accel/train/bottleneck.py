@@ -186,8 +186,9 @@ def judge(
             "matching",
             f"matching takes {100 * shares['matcher']:.0f} % of the time: it grows with model.num_queries "
             f"({recipe.model.num_queries}), the boxes of an image and the decoder layers that are supervised; lower "
-            "model.num_queries to little more than the fullest image has, or set loss.aux=false",
-            {"loss.aux": False},
+            "model.num_queries to little more than the fullest image has"
+            + (", or set loss.aux=false" if recipe.model.name == "detr" else ""),
+            {"loss.aux": False} if recipe.model.name == "detr" else {},
         )
     if worst == "evaluation":
         every = float(np.ceil(recipe.evaluate.every_epochs * shares["evaluation"] / 0.05))

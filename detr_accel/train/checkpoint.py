@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from detr_accel.models import weights
 from detr_accel.monitor.alarms import Memory
 from detr_accel.structures import UserError
 from detr_accel.train.ema import Ema
@@ -54,6 +55,7 @@ class State:
     micro: int | None = None  # images per forward in force: what auto chose, or what running out of memory left
     checkpointed: list[str] = field(default_factory=list)  # parts that are computed again in backward
     anchor: str | None = None  # the folder that a rollback goes back to: the last checkpoint that came by counting
+    returned_window: int | None = None  # where the weights last became those of the best evaluation
     parent: str | None = None  # the checkpoint that this run branched off
     health: HealthState = field(default_factory=HealthState)
     early_stop: Waiting = field(default_factory=Waiting)
@@ -120,7 +122,7 @@ def save(
             f"checkpoint {folder / name} could not be written: {reason}; the one before it is whole: free space or "
             "move the run with --runs, then go on with --resume"
         ) from error
-    _prune(folder, keep, state.anchor)
+    _prune(folder, keep, state)
     return final
 
 
@@ -130,9 +132,9 @@ def folder_name(window: int) -> str:
 
 def num_bytes(model: nn.Module, ema: Ema | None) -> int:
     """What one checkpoint takes on disk: weights, their average, and AdamW's two moments of what trains."""
-    weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    one = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return weights * (1 if ema is None else 2) + moments + 2**20
+    return one * (1 if ema is None else 2) + moments + 2**20
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:
@@ -174,14 +176,24 @@ def load_last(folder: Path) -> tuple[Path, list[str]]:
 
 
 def _mend_links(folder: Path, newest: str) -> None:
-    """``last`` shows the newest whole one; a ``best`` that was set aside is taken from the state's own memory of it."""
+    """``last`` shows the newest whole one, and ``best`` what that one remembers as the best: a kill may have come
+    between the checkpoint and its links, and the best may have been set aside."""
     _link(folder / "last", newest)
     best = folder / "best"
-    if best.is_symlink() and not best.exists():
+    window = json.loads((folder / newest / "state.json").read_text(encoding="utf-8")).get("best_window")
+    if window is not None and (folder / folder_name(window)).is_dir():
+        _link(best, folder_name(window))
+    elif best.is_symlink() and not best.exists():
         best.unlink()
-        window = json.loads((folder / newest / "state.json").read_text(encoding="utf-8")).get("best_window")
-        if window is not None and (folder / folder_name(window)).is_dir():
-            _link(best, folder_name(window))
+
+
+def best_there(folder: Path) -> tuple[float | None, int | None]:
+    """Value and window of the checkpoint that ``best`` shows; None, None where it shows none."""
+    try:
+        told = json.loads((folder / "best" / "state.json").read_text(encoding="utf-8"))
+        return told["best"], told["best_window"]
+    except (OSError, ValueError, KeyError):
+        return None, None
 
 
 def damage(path: Path) -> str | None:
@@ -192,15 +204,7 @@ def damage(path: Path) -> str | None:
             raise ValueError
     except (OSError, ValueError):
         return f"{MANIFEST} is missing or unreadable (it was never finished)"
-    for name, row in manifest.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != row["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {row['bytes']}"
-        if _sha256(file) != row["sha256"]:
-            return f"{name} was changed after it was written (sha256 differs)"
-    return None
+    return next((fault for name, row in manifest.items() if (fault := weights.file_fault(path / name, row))), None)
 
 
 def load(path: Path, *, model: nn.Module, ema: Ema | None, optimizer: torch.optim.Optimizer) -> State:
@@ -265,11 +269,11 @@ def _load_optimizer(
             optimizer.state[p][field] = torch.empty_like(p).copy_(value)
 
 
-def _prune(folder: Path, keep: int, anchor: str | None) -> None:
+def _prune(folder: Path, keep: int, state: State) -> None:
     whole = sorted(folder.glob("window-*"), reverse=True)
     spared = (
         {p.name for p in whole[:keep]}
-        | {anchor}
+        | {state.anchor, None if state.best_window is None else folder_name(state.best_window)}
         | {os.readlink(link) for link in (folder / "last", folder / "best") if link.is_symlink()}
     )
     for path in whole:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from detr_accel.monitor.memory import is_out_of_memory
 from detr_accel.structures import Batch, UserError
 from detr_accel.train import health, resuming
 from detr_accel.train.capture import Captures, names_of
@@ -12,7 +13,7 @@ from detr_accel.train.memory_fit import release
 from detr_accel.train.parts import Parts
 from detr_accel.train.reduce import all_reduce_sum
 from detr_accel.train.run_folder import RunFolder
-from detr_accel.train.window import WindowResult, is_out_of_memory
+from detr_accel.train.window import WindowResult
 
 
 class Commit:
@@ -124,6 +125,18 @@ class Commit:
             f"{state.anchor}; lower batch.micro, or leave more memory to the run"
         )
         self.sinks.alarm("Out of memory", text, level="ERROR", window=state.window)
+
+    def back_to_best(self, state: State) -> None:
+        """Before a window: where the schedule says so, the best weights so far take the place of the last ones. Once,
+        and again only where a longer schedule brings the place again."""
+        fraction = self.parts.recipe.schedule.return_to_best
+        if fraction is None:
+            return
+        done, total = state.returned_window, self.parts.length.total
+        if state.window / total < fraction or (done is not None and done / total >= fraction):
+            return
+        self.settle(state)
+        self.sinks.say(resuming.return_to_best(self.parts, state, self.checkpoints))
 
     def roll_back(self, state: State) -> None:
         resuming.rollback(self.parts, state, self.checkpoints)

@@ -86,9 +86,9 @@ def _train(
     try:
         # -- data, model, optimizer; where the last run stopped; how much fits
         split = _saved_split(run.path if resume else branch)
-        splits = everywhere(
-            accelerator, lambda: _open_data(recipe, split, max_val_images, quiet=not accelerator.is_main_process)
-        )
+        opened = everywhere(accelerator, lambda: data.build(recipe, split, max_val_images))
+        quiet = not accelerator.is_main_process
+        splits = everywhere(accelerator, lambda: data.with_cache(recipe, opened, quiet), at_once=True)
         built = everywhere(accelerator, lambda: parts.build(recipe, accelerator, splits, resume=resume or bool(branch)))
         state, notes = resuming.start_or_resume(built, run, resume=resume, branch=branch)
         notes += [*_fit(built, state), *data.who_reads_what(splits.train, accelerator.num_processes)]
@@ -100,7 +100,9 @@ def _train(
         fingerprints = {"train": state.fingerprint, "val": splits.val.fingerprint()}
         sinks = monitor.build(
             recipe, run.path, accelerator, total_windows=built.length.total, windows_per_epoch=built.length.per_epoch,
-            start_window=state.window, fingerprint=fingerprints, wandb_run_id=state.wandb_run_id, parent=state.parent,
+            start_window=state.window, evaluation_owed=state.evaluated_window != state.window,
+            fingerprint=fingerprints, wandb_run_id=state.wandb_run_id, parent=state.parent,
+            mode=on_main(accelerator, lambda: monitor.wandb_mode(recipe)),
         )  # fmt: skip
         with sinks, Roll(accelerator, recipe.dist.timeout_minutes).watch(sinks, run, state):
             notes += sinks.phases.expect(plan.at_start(built, state.micro, state.checkpointed))
@@ -113,10 +115,6 @@ def _train(
             return finished
     finally:
         stop.restore()
-
-
-def _open_data(recipe: Recipe, split: dict | None, max_val_images: int | None, quiet: bool) -> data.Splits:
-    return data.with_cache(recipe, data.build(recipe, split, max_val_images), quiet)
 
 
 def _fit(built: Parts, state: State) -> list[str]:
@@ -150,6 +148,7 @@ def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal
         loader = LoaderTime.of(micro_batches)
         turn.canvas_px = data.largest_canvas(micro_batches)
         micro_batches, lost = data.without_lost(micro_batches)
+        turn.commit.back_to_best(state)
         built.optimizer.zero_grad(set_to_none=True)
         micro_batches, result = turn.run(micro_batches, failure)
         if result.failure is not None:
@@ -230,6 +229,7 @@ class _Turn:
             result = built.runner.run(micro_batches, all_share=all_share, planned=planned, requests=requests)
             if result.broken:
                 self.commit.mend(state)
+                self.commit.back_to_best(state)  # where that went back behind it
             elif result.out_of_memory:
                 memory_fit.release(built.accelerator.device)
                 state.health.out_of_memory += 1

@@ -9,7 +9,7 @@ import ctypes
 import gc
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from accelerate.utils import gather_object
@@ -17,9 +17,10 @@ from torch import nn
 
 from detr_accel import data, models
 from detr_accel.monitor import memory
+from detr_accel.monitor.memory import is_out_of_memory
 from detr_accel.structures import Batch, Targets, UserError
 from detr_accel.train.parts import Parts
-from detr_accel.train.window import forward, is_out_of_memory
+from detr_accel.train.window import forward
 
 _LIBC = ctypes.CDLL(None) if os.name == "posix" else None  # glibc keeps freed memory until it is told not to
 
@@ -27,8 +28,15 @@ _LIBC = ctypes.CDLL(None) if os.name == "posix" else None  # glibc keeps freed m
 
 
 def recut(micro_batches: Sequence[Batch], micro: int) -> list[Batch]:
-    """The same images on the same canvas, in parts of at most ``micro``; small enough ones stay as they are."""
-    return [b.part(i, min(i + micro, len(b))) for b in micro_batches for i in range(0, len(b), micro)]
+    """The same images on the same canvas, in parts of at most ``micro`` places, as the loader would have cut them: a
+    place stays empty whose image is lost. Small enough ones stay as they are."""
+    return [b.part(start, stop) for b in micro_batches for start, stop in _cuts(b, micro)]
+
+
+def _cuts(batch: Batch, micro: int) -> Iterator[tuple[int, int]]:
+    groups = [place // micro for place in batch.places or range(len(batch))]
+    starts = [i for i, group in enumerate(groups) if i == 0 or group != groups[i - 1]]
+    return itertools.pairwise([*starts, len(groups)])
 
 
 def next_micro(micro: int) -> int | None:
@@ -53,7 +61,7 @@ def make_room(model: nn.Module, state) -> str:
         before, state.micro = state.micro, smaller
         return (
             f"out of memory with {before} images in a forward pass; the same window is trained again with {smaller}, "
-            f"and so are all later ones: the same result, more slowly. Set batch.micro={smaller} (or auto) to begin so"
+            f"and so are all later ones: {_alike(model)}, more slowly. Set batch.micro={smaller} (or auto) to begin so"
         )
     step = next_step(model, state.checkpointed)
     if step is None:
@@ -69,6 +77,13 @@ def make_room(model: nn.Module, state) -> str:
         f"checkpointing on {parts}: the same result, more slowly. Set model.activation_checkpointing=[{parts}] to "
         "begin so"
     )
+
+
+def _alike(model: nn.Module) -> str:
+    """What smaller parts of a window come to."""
+    if any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
+        return "not quite the same result, as norms that train see fewer images at a time"
+    return "the same result"
 
 
 def release(device: torch.device) -> None:

@@ -206,7 +206,7 @@ class _Planner:
 
     def _smaller(self, recipe: Recipe, precision: str) -> int | None:
         """The greatest max_size with which one image fits."""
-        sizes = range(32, recipe.data.augment.max_size, 32)
+        sizes = range(32, _longest(recipe), 32)
         low, high = -1, len(sizes)  # what fits, what does not
         while high - low > 1:
             middle = (low + high) // 2
@@ -228,8 +228,8 @@ class _Planner:
             yield recipe, "bf16", "precision=bf16"
         if recipe.evaluate.batch > 1 and self._peaks(recipe, 1, precision).moment == "evaluation":
             yield _set(recipe, _EVALUATED, 1), precision, f"{_EVALUATED}=1"
-        size = max(32, recipe.data.augment.max_size * 3 // 4 // 32 * 32)
-        if size < recipe.data.augment.max_size:
+        size = max(32, _longest(recipe) * 3 // 4 // 32 * 32)
+        if size < _longest(recipe):
             yield _set(recipe, _SIZE, size), precision, f"{_SIZE}={size}"
         stages = _frozen_stages(recipe)
         if stages is not None:
@@ -268,6 +268,13 @@ def _allowance(layout: Layout) -> int:
 def _ladder(recipe: Recipe) -> list[tuple[str, ...]]:
     meta = models.build(recipe, 1, device="meta", load_weights=False)
     return models.checkpointing_ladder(meta)
+
+
+def _longest(recipe: Recipe) -> int:
+    """The greatest side of a training image, in pixels: of a square the largest scale, where that is within bounds."""
+    augment = recipe.data.augment
+    last = recipe.data.eval_size if augment.scales_stop < 1 else 0  # what the last windows are resized to
+    return min(augment.max_size, max(*augment.scales, last)) if recipe.data.square else augment.max_size
 
 
 def _on(step: Sequence[str]) -> str:

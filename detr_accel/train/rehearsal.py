@@ -195,8 +195,7 @@ class _Rehearsal:
             wants_resume(place, False)  # refuses as the start would
             if place.held_by_another():
                 raise UserError(f"{place.path} is being written by another process: give this run another name=...")
-            enabled = recipe.log.wandb.enabled
-            self.wandb_mode = monitor.decide_mode(recipe.log.wandb.mode) if enabled else "disabled"
+            self.wandb_mode = monitor.wandb_mode(recipe)
             self.processes = int(os.environ.get("WORLD_SIZE") or 1)
             started = "accelerate launch" if request else "python"
             processes = f"{self.processes} process{'es' * (self.processes > 1)}"

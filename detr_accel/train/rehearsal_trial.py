@@ -23,6 +23,7 @@ from accelerate.utils import gather_object
 from detr_accel import data
 from detr_accel.monitor import memory
 from detr_accel.monitor.jsonl import JsonLines
+from detr_accel.monitor.memory import is_out_of_memory
 from detr_accel.monitor.sinks import Silent
 from detr_accel.recipe import Recipe
 from detr_accel.structures import LoaderTime, UserError
@@ -48,7 +49,7 @@ from detr_accel.train.resuming import fresh_state
 from detr_accel.train.run_folder import RunFolder
 from detr_accel.train.saving import Saver
 from detr_accel.train.stopping import StopSignal
-from detr_accel.train.window import Requests, is_out_of_memory
+from detr_accel.train.window import Requests
 
 FILE = "trial.jsonl"
 SHARES = {"data": 0.15, "overfit": 0.45, "windows": 0.08, "evaluation": 0.05}  # of the rehearsal's time, at most
@@ -224,7 +225,7 @@ def _would_fit(built: Parts, micro: int | str) -> str:
     except UserError:
         return "; not even one image fits with activation checkpointing on everything"
     also = f" with model.activation_checkpointing=[{','.join(step)}]" if step else ""
-    return f"; batch.micro={fits}{also} fits, and gives the same result"
+    return f"; batch.micro={fits}{also} fits, and batch.size stays"
 
 
 def _forget_step(built: Parts, scaler: dict | None) -> None:

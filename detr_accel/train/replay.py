@@ -36,13 +36,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from detr_accel import models
+from detr_accel.monitor.memory import is_out_of_memory
 from detr_accel.structures import Batch, UserError
 from detr_accel.train import suspects
 from detr_accel.train.capture import CAPTURE, read_batch
 from detr_accel.train.replay_report import Report
 from detr_accel.train.suspects import Image
 from detr_accel.train.trace import Spot, Trace, describe, is_finite
-from detr_accel.train.window import forward, is_out_of_memory, seed_dropout
+from detr_accel.train.window import forward, seed_dropout
 
 AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -129,7 +129,39 @@ def rollback(parts: Parts, state: State, checkpoints: Path) -> None:
     fault = on_main(parts.accelerator, lambda: checkpoint.damage(folder))
     if fault is not None:
         raise UserError(f"the checkpoint to go back to, {folder}, is damaged: {fault}; go on with --resume")
-    state.step = everywhere(parts.accelerator, lambda: load_into(parts, folder)).step
+    then = everywhere(parts.accelerator, lambda: load_into(parts, folder))
+    state.step, state.returned_window = then.step, then.returned_window
+
+
+def return_to_best(parts: Parts, state: State, checkpoints: Path) -> str:
+    """Weights, average and optimizer become those of the best evaluation so far. The schedule, the samples and fp16's
+    scale go on, and so they do where there is no such checkpoint: nothing is lost by that.
+
+    Returns:
+        what to say.
+    """
+    state.returned_window = state.window
+    if state.best_window is None:
+        return "schedule.return_to_best: no evaluation has come yet, so there is nothing to go back to"
+    if not state.best:
+        return f"schedule.return_to_best: no {parts.recipe.evaluate.metric} above 0 has come yet, so the weights stay"
+    if state.best_window == state.window:
+        return "schedule.return_to_best: the last evaluation is the best so far, so the weights stay"
+    folder = checkpoints / checkpoint.folder_name(state.best_window)
+    fault = on_main(parts.accelerator, lambda: checkpoint.damage(folder))
+    if fault is not None:
+        return f"warning: schedule.return_to_best: the weights stay as they are, since {folder} is damaged: {fault}"
+    everywhere(
+        parts.accelerator,
+        lambda: checkpoint.load(folder, model=parts.bare, ema=parts.ema, optimizer=parts.optimizer),
+    )
+    if parts.ema is not None:
+        parts.ema.updates = state.step
+    state.alarms.other_weights()
+    return (
+        f"schedule.return_to_best: the weights are those after window {state.best_window} again "
+        f"({parts.recipe.evaluate.metric} {100 * state.best:.1f}), the best so far; schedule and samples go on"
+    )
 
 
 def start_or_resume(parts: Parts, run: RunFolder, *, resume: bool, branch: Path | None) -> tuple[State, list[str]]:

@@ -66,8 +66,10 @@ class Saver:
         if trouble is None:
             return
         state.anchor = before
-        if is_best:
-            state.best = None  # what is not there cannot be the best: the next evaluation decides anew
+        if is_best:  # what is not there cannot be the best: that is still the one before
+            state.best, state.best_window = on_main(
+                self.parts.accelerator, lambda: checkpoint.best_there(self.run.checkpoints)
+            )
         if must:
             raise UserError(trouble)
         self.sinks.alarm(

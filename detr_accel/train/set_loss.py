@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
+from detr_accel.monitor.memory import is_out_of_memory
 from detr_accel.structures import Batch, UserError
-from detr_accel.train.window import is_out_of_memory
 
 MOST_IMAGES = 512
 SHARE = 0.02

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
@@ -179,5 +181,10 @@ class Validation:
                 sample = self.source.sample(i)
             except UserError:  # it was there a minute ago; an evaluation is worth more than a picture
                 continue
-            rows.append((sample.image, sample.boxes_xyxy_px, sample.labels, kept[sample.image_id], sample.image_id))
+            # a cache keeps the picture smaller than the file, in whose pixels all boxes are
+            (h, w), of = sample.image.shape[:2], self.source.size_px(i)
+            by = np.array([w / of[1], h / of[0]] * 2, np.float32)
+            found = kept[sample.image_id]
+            found = replace(found, boxes_xyxy_px=found.boxes_xyxy_px * by)
+            rows.append((sample.image, sample.boxes_xyxy_px * by, sample.labels, found, sample.image_id))
         return rows

@@ -244,11 +244,11 @@ class WindowRunner:
             except Exception as error:
                 if self.overlap:  # the others are inside backward's reductions: only a restart helps
                     raise _overlap_error(error) from error
-                if not is_out_of_memory(error):
+                if not memory.is_out_of_memory(error):
                     share.failure = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
                     if not isinstance(error, UserError):
                         traceback.print_exc(file=sys.stderr)  # a mistake of ours: whoever reports it needs the place
-                share.out_of_memory = is_out_of_memory(error)
+                share.out_of_memory = memory.is_out_of_memory(error)
                 return
 
     def _micro_batch(self, batch: Batch, counts: dict[str, Tensor], share: _Share, scale: int) -> None:
@@ -395,17 +395,8 @@ def seed_dropout(seed: int, batch: Batch) -> None:
     torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or on the host; libraries say it in several ways."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error).lower()
-    told = ("out of memory", "can't allocate memory", "cudnn_status_alloc_failed", "cublas_status_alloc_failed")
-    return isinstance(error, RuntimeError) and any(words in text for words in told)
-
-
 def _overlap_error(error: Exception) -> Exception:
-    if not is_out_of_memory(error):
+    if not memory.is_out_of_memory(error):
         return error
     return Lonely(
         "out of memory while gradients were being reduced (dist.overlap), where the other processes cannot be told: "

@@ -297,3 +297,18 @@ def test_a_log_of_every_window_is_judged_as_the_run_was(title):
 def test_the_docs_have_a_row_for_every_alarm():
     text = (Path(__file__).parents[2] / "docs" / "not-learning.md").read_text()
     assert [title for title in TITLES if f"| `{title}` |" not in text] == []
+
+
+@pytest.mark.law9
+@pytest.mark.parametrize("told", [True, False])
+def test_losses_from_before_the_weights_went_back_are_no_measure(told):
+    """Back at earlier weights the training loss is what it was then; without a word of it, that is divergence."""
+    memory, said = Memory(), []
+    alarms = Alarms(PLAIN, memory)
+    for stats in run(600):
+        said += alarms.judge(stats)
+    if told:
+        memory.other_weights()
+    for stats in run(900, lambda w: {"loss": 2.5 * window(w).loss})[600:]:
+        said += alarms.judge(stats)
+    assert bool(said) != told, said

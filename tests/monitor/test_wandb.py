@@ -10,7 +10,7 @@ import pytest
 import warm
 from shared import load_module
 
-from detr_accel.monitor.wandb_sink import decide_mode, tracker_kwargs
+from detr_accel.monitor.wandb_sink import WandbSink, decide_mode, tracker_kwargs
 from detr_accel.structures import UserError
 
 wf = load_module(Path(__file__).with_name("wandb_file.py"))
@@ -241,3 +241,23 @@ def test_a_server_that_does_not_answer_leaves_an_offline_run(tmp_path):
     out = launch(tmp_path, WANDB_API_KEY="x" * 40, WANDB_BASE_URL="http://127.0.0.1:9")
     assert "offline, because going online failed" in out
     assert len(wf.history(wf.records(tmp_path / "runs" / "small"))) == 8
+
+
+def test_settings_that_wandb_refuses_are_one_sentence(no_key):
+    no_key.setenv("WANDB_MODE", "off")
+    with pytest.raises(UserError, match="W&B refuses its settings .*WANDB_. variables.*log.wandb.enabled=false"):
+        decide_mode("auto")
+
+
+def test_a_tracker_that_cannot_start_leaves_the_run_without_it(tmp_path):
+    class Broken:
+        trackers, is_main_process = [], True
+
+        def init_trackers(self, **_):
+            self.trackers.append("half")
+            raise ValueError("no such thing")
+
+    arguments = tracker_kwargs(mode="online", name="a", project="p", folder=tmp_path, config={})
+    sink = WandbSink(Broken(), arguments)
+    assert sink.run is None and sink.run_id is None
+    assert sink.note.startswith("W&B: off, because it could not start (no such thing)")

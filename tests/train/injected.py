@@ -74,6 +74,7 @@ _plain_micro_batch = window.WindowRunner._micro_batch
 _plain_commit = commit.Commit.__call__
 _plain_detections = models.detections
 _plain_turn = loop._Turn.run
+_plain_validate, _plain_scores = validation.Validation.__call__, validation.Validation._metrics
 
 
 def parameter(runner: window.WindowRunner) -> torch.nn.Parameter:
@@ -170,11 +171,29 @@ def detections(*args):
     return _plain_detections(*args)
 
 
+def scored(values: dict[int, float]) -> dict[str, object]:
+    """Methods of Validation that find a made-up AP at a window, for detectors too small to have any."""
+    def call(self, state, stop):
+        self.made_up = values.get(state.window)
+        return _plain_validate(self, state, stop)
+
+    def metrics(self, model, stop):
+        found = _plain_scores(self, model, stop)
+        if found is not None and self.made_up is not None:
+            found[0].values["AP"] = self.made_up
+        return found
+
+    return {"__call__": call, "_metrics": metrics}
+
+
 def main() -> None:
     validation.models.detections = detections
     window.WindowRunner._micro_batch, commit.Commit.__call__, loop._Turn.run = micro_batch, commit_or_not, turn
     folder = Path(sys.argv[1])
     for scenario in json.loads(Path(sys.argv[2]).read_text()):
+        made_up = {int(window): value for window, value in scenario.get("scores", {}).items()}
+        for name, method in scored(made_up).items():
+            setattr(validation.Validation, name, method)
         faults.left = scenario["faults"]
         more = scenario.get("recipe", "")
         text = TINY + EPOCHS * ("schedule" not in more) + f"name: {scenario['name']}\n" + more

@@ -24,8 +24,8 @@ def make():
     return model, optimizer, ema
 
 
-def save(folder, window, model, optimizer, ema, **more):
-    state = checkpoint.State(window=window, step=3, best=0.5, layout={"batch_size": 4})
+def save(folder, window, model, optimizer, ema, best_window=None, **more):
+    state = checkpoint.State(window=window, step=3, best=0.5, best_window=best_window, layout={"batch_size": 4})
     kwargs = {"files": {"recipe.yaml": "name: x\n"}, "is_best": False, **more}
     return checkpoint.save(folder, state=state, model=model, ema=ema, optimizer=optimizer, **kwargs)
 
@@ -139,3 +139,29 @@ def test_a_kill_between_the_two_renames_of_a_window_written_again_loses_nothing(
     os.replace(path, tmp_path / ".old-window-00000003")
     assert checkpoint.load_last(tmp_path)[0] == path
     assert checkpoint.damage(path) is None
+
+
+@pytest.mark.law2
+def test_a_kill_between_a_checkpoint_and_its_links_loses_no_best(tmp_path):
+    parts = make()
+    save(tmp_path, 1, *parts, is_best=True, best_window=1)
+    save(tmp_path, 2, *parts, is_best=True, best_window=2)
+    (tmp_path / "best").unlink()  # as it was before the last of the links
+    (tmp_path / "best").symlink_to("window-00000001", target_is_directory=True)
+    assert checkpoint.load_last(tmp_path)[0].name == "window-00000002"
+    assert os.readlink(tmp_path / "best") == "window-00000002"
+    (tmp_path / "best").unlink()
+    for window in (3, 4, 5):
+        save(tmp_path, window, *parts, best_window=2)
+    left = sorted(p.name for p in tmp_path.glob("window-*"))
+    assert left == ["window-00000002", "window-00000004", "window-00000005"]
+
+
+@pytest.mark.parametrize("key", ["bytes", "sha256"])
+def test_a_damaged_key_of_the_manifest_is_damage(tmp_path, key):
+    path = save(tmp_path, 1, *make())
+    manifest = path / checkpoint.MANIFEST
+    manifest.write_text(manifest.read_text().replace(f'"{key}"', f'"{key[:-1]}!"'))
+    assert "has no size and sha256" in checkpoint.damage(path)
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        checkpoint.load_last(tmp_path)

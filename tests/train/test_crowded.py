@@ -86,6 +86,7 @@ def test_a_window_with_an_image_of_400_boxes_trains(queries, matched):
 def test_as_many_detections_are_told_as_the_recipe_allows(most):
     """Queries that answer with the truth: AP is 1 where all may be told, and the rest is told in words where not."""
     target = crowd(MANY)
+    target.labels.zero_()  # COCO's limit is one of each image and class
     logits = torch.full((1, 500, 3), -9.0)
     logits[0, :MANY] = logits[0, :MANY].scatter(1, target.labels[:, None], 4.0)
     boxes = torch.full((1, 500, 4), 0.5)

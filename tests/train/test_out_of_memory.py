@@ -7,11 +7,11 @@ import torch
 from shared import load_module
 
 from detr_accel import models
+from detr_accel.monitor.memory import is_out_of_memory
 from detr_accel.recipe import loads
 from detr_accel.structures import Batch, Targets, UserError
 from detr_accel.train import memory_fit
 from detr_accel.train.checkpoint import State
-from detr_accel.train.window import is_out_of_memory
 
 inject = load_module(Path(__file__).with_name("injecting.py"))
 
@@ -151,6 +151,17 @@ def test_cutting_again_gives_what_the_loader_would_have_given():
             (b.images[:, 0, 0, 0].tolist(), [t.image_id for t in b.targets]) == (list(b.positions),) * 2
             for b in memory_fit.recut(whole, smaller)
         )
+
+
+def test_a_place_that_is_empty_stays_empty_where_the_loader_would_leave_it():
+    no_boxes = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4)
+    there = [8, 10, 11]  # of 8, 9, 10, 11
+    targets = [Targets(i, *no_boxes, (4, 4), (4, 4)) for i in there]
+    mask = torch.zeros(3, 4, 4, dtype=torch.bool)
+    whole = Batch(torch.zeros(3, 3, 4, 4), mask, targets, tuple(there), places=(0, 2, 3))
+    assert [b.positions for b in memory_fit.recut([whole], 2)] == [(8,), (10, 11)]
+    assert [b.positions for b in memory_fit.recut(memory_fit.recut([whole], 2), 1)] == [(8,), (10,), (11,)]
+    assert [b.positions for b in memory_fit.recut([whole], 4)] == [(8, 10, 11)]
 
 
 @pytest.mark.parametrize(

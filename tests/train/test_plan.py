@@ -107,6 +107,13 @@ def test_so_it_is_for_rtdetr(micro, settings):
     assert peaks(recipe, micro).moments["losses"] > 1.02 * without.moments["losses"], "denoising is counted"
 
 
+def test_the_size_lever_of_squares_makes_them_smaller():
+    recipe = small(*RTDETR, "data.square=true", "data.augment.max_size=1333")
+    found = plan.plan(recipe, 64 * 2**30, device="cpu")
+    (lever,) = [row for row in found.levers if row.setting.startswith("data.augment.max_size")]
+    assert lever.setting == "data.augment.max_size=96" and lever.saves > 0  # three quarters of 160, in steps of 32
+
+
 def test_rtdetr_is_planned_for_a_gpu_too():
     recipe = small(*RTDETR, "device=auto")
     cpu, gpu = peaks(recipe, 4), peaks(recipe, 4, gpu=True)

@@ -18,6 +18,7 @@ from detr_accel.train.loop import train
 
 inject = load_module(Path(__file__).with_name("injecting.py"))
 injected = load_module(Path(__file__).with_name("injected.py"))
+alarm_cases = load_module(Path(__file__).parents[2] / "benchmarks" / "alarm_cases.py")
 FLIPS = "schedule: {epochs: 3, kind: cosine}\ncheckpoint: {every_steps: 2, keep: 9}\n"
 
 
@@ -321,3 +322,56 @@ def test_another_number_of_processes_keeps_order_and_gradient(tmp_path, written_
     assert one["train/loss"] == pytest.approx(two["train/loss"], rel=1e-5)
     for key in (k for k in one if k.startswith("health/grad_norm")):
         assert one[key] == pytest.approx(two[key], rel=1e-4), key
+
+
+@pytest.mark.law2
+def test_an_evaluation_that_is_owed_is_logged_once_however_often_it_is_killed(tmp_path, monkeypatch, whole):
+    with monkeypatch.context() as patch:
+        at_window(patch, 2, lambda: ask(signal.SIGTERM))
+        run = train(recipe("whole"), runs=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", lambda *a, **k: 1 / 0)  # killed after the row, before it is saved
+        with pytest.raises(ZeroDivisionError):
+            train(recipe("whole"), runs=tmp_path, resume=True)
+    assert [row["window"] for row in inject.rows(run) if "val/AP" in row] == [3]
+    train(recipe("whole"), runs=tmp_path, resume=True)
+    assert_same(run, whole)
+
+
+def test_a_best_that_could_not_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    for name, method in injected.scored({3: 0.5, 6: 0.6, 9: 0.4}).items():
+        monkeypatch.setattr(validation.Validation, name, method)
+    plain = checkpoint.save_file
+
+    def full(tensors, path, *more):
+        if "window-00000006" in str(path):
+            raise OSError(28, "No space left on device")
+        plain(tensors, path, *more)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    run = train(recipe("r", FLIPS.replace("keep: 9", "keep: 1")), runs=tmp_path)
+    assert os.readlink(run / "checkpoints" / "best") == "window-00000003"
+    state = json.loads((run / "checkpoints" / "last" / "state.json").read_text())
+    assert (state["best"], state["best_window"]) == (0.5, 3)
+
+
+@pytest.mark.law2
+@pytest.mark.law8
+def test_a_lost_image_after_a_smaller_cut_leaves_the_same_place_empty_after_a_resume(tmp_path, monkeypatch):
+    """The loader that cuts in twos leaves the place empty in its part, as cutting a part of four again does."""
+    folder = tmp_path / "data"
+    alarm_cases.shapes_folder(folder, num_train=22)
+    next(iter(sorted((folder / "train").glob("*.png")))).write_bytes(b"broken")
+    text = injected.TINY.replace("format: shapes", f"format: coco\n  root: {folder}").replace("micro: 2", "micro: 4")
+    lost = recipes.loads(text + "name: whole\n" + FLIPS)
+    monkeypatch.setattr(injected.window.WindowRunner, "_micro_batch", injected.micro_batch)
+    fault = {"what": "oom forward", "window": 0}
+    injected.faults.left = [dict(fault)]
+    undisturbed = train(lost, runs=tmp_path / "a")
+    injected.faults.left = [dict(fault)]
+    with monkeypatch.context() as patch:
+        at_window(patch, 1, lambda: ask(signal.SIGTERM))
+        run = train(lost, runs=tmp_path / "b")
+    train(lost, runs=tmp_path / "b", resume=True)
+    assert json.loads((run / "checkpoints" / "last" / "state.json").read_text())["dropped"] > 0
+    assert_same(run, undisturbed)
