@@ -267,11 +267,12 @@ def preview(
     return epoch_sheet(tasks, epoch, images, tuple(mean), tuple(std))
 
 
-def first_recipe_for(root: Path, name: str, detector: str = "auto") -> tuple[str, list[str]]:
+def first_recipe_for(root: Path, name: str, detector: str = "auto", file: str | None = None) -> tuple[str, list[str]]:
     """A recipe for a folder, and what was found in it.
 
     Args:
         detector: ``detr``, ``rtdetr``, or ``auto``: by the data.
+        file: where the recipe will lie; None: NAME.yaml.
     Raises:
         UserError: as in ``build``.
     """
@@ -280,7 +281,7 @@ def first_recipe_for(root: Path, name: str, detector: str = "auto") -> tuple[str
     for split, source in (("training", splits.train), ("validation", splits.val)):
         opening.check_readable(source, split)
     found = first_recipe.facts(splits.train, splits.val)
-    return first_recipe.write(found, name, str(root), format_, detector), splits.found
+    return first_recipe.write(found, name, str(root), format_, detector, file), splits.found
 
 
 def with_cache(recipe: Recipe, splits: Splits, quiet: bool = False) -> Splits:

@@ -24,6 +24,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 from detr_accel import host
 from detr_accel.data import pixels
 from detr_accel.data.geometry import Size
-from detr_accel.data.loader import start_worker
+from detr_accel.data.loader import start_worker, worker_death
 from detr_accel.data.source import Source
 from detr_accel.structures import Sample, UserError, writing
 
@@ -54,9 +55,20 @@ class CachedSource:
             self._sizes, self._starts = index["sizes_px"], index["starts"]
             self._boxes, self._labels, self._ends = index["boxes_xyxy_px"], index["labels"], index["ends"]
             self._num_cut = index["num_cut"]
+        self.path, self.source = path, source
+        self._map()
+
+    def _map(self) -> None:
         # "c": writable for torch's sake, and nothing written would reach the file
-        self._pixels = np.memmap(path.with_suffix(".pixels"), np.uint8, mode="c")
-        self.source = source
+        self._pixels = np.memmap(self.path.with_suffix(".pixels"), np.uint8, mode="c")
+
+    def __getstate__(self) -> dict:
+        """Without the pixels, which a process that is started anew maps for itself."""
+        return {name: value for name, value in self.__dict__.items() if name != "_pixels"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._map()
 
     def __len__(self) -> int:
         return len(self.source)
@@ -72,7 +84,7 @@ class CachedSource:
         return Sample(np.asarray(image), self.source.image_id(index), boxes, labels, int(self._num_cut[index]))
 
     def __getattr__(self, name: str):
-        if name == "source":  # while it is being unpickled
+        if name in ("source", "path", "_pixels"):  # while it is being unpickled
             raise AttributeError(name)
         return getattr(self.source, name)
 
@@ -112,6 +124,7 @@ def cached(
         if not there:
             if kind == "ram":
                 sweep(but=[path])
+            _remove_parts(path)  # of a build that was killed: they would take the room that it needs
             _check_room(folder, kind, gib)
             _build(source, path, sizes, exact, workers, progress)
         if kind == "ram":
@@ -278,7 +291,7 @@ class _Images(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple[int, np.ndarray, np.ndarray, int] | None:
+    def __getitem__(self, index: int) -> tuple[int, np.ndarray, np.ndarray, int] | OSError | None:
         h, w = map(int, self.sizes[index])
         try:
             sample = self.source.sample(index, None if self.exact else (h, w))
@@ -286,10 +299,17 @@ class _Images(Dataset):
             return None
         image = pixels.resized(sample.image, (h, w), exact=self.exact)
         start = int(self.starts[index])
-        with open(self.file, "r+b") as file:  # not a mapping: a full disk is an error, not a signal
-            file.seek(start)
-            file.write(np.ascontiguousarray(image).tobytes())
+        try:
+            with open(self.file, "r+b") as file:  # not a mapping: a full disk is an error, not a signal
+                file.seek(start)
+                file.write(np.ascontiguousarray(image).tobytes())
+        except OSError as error:  # raised here it would lose its reason on the way
+            return error
         return index, sample.boxes_xyxy_px, sample.labels, sample.num_cut
+
+
+def _as_it_is(row: Any) -> Any:
+    return row
 
 
 def _build(source: Source, path: Path, sizes: np.ndarray, exact: bool, workers: int, progress: Callable) -> None:
@@ -306,13 +326,18 @@ def _build(source: Source, path: Path, sizes: np.ndarray, exact: bool, workers: 
     sizes = sizes.copy()
     images = DataLoader(
         _Images(source, temporary, sizes.copy(), starts, exact), batch_size=None, num_workers=workers,
-        worker_init_fn=start_worker, collate_fn=lambda row: row, generator=torch.Generator(),
+        worker_init_fn=start_worker, collate_fn=_as_it_is, generator=torch.Generator(),
     )  # fmt: skip
-    for index, row in enumerate(progress(images, len(source))):
-        if row is None:
-            sizes[index] = 0
-        else:
-            _, boxes[index], labels[index], num_cut[index] = row
+    try:
+        for index, row in enumerate(progress(images, len(source))):
+            if isinstance(row, OSError):
+                raise row
+            if row is None:
+                sizes[index] = 0
+            else:
+                _, boxes[index], labels[index], num_cut[index] = row
+    except RuntimeError as error:
+        raise worker_death(error) or error from None
     os.replace(temporary, path.with_suffix(".pixels"))
     beside = path.with_suffix(".index.tmp")
     with open(beside, "wb") as file:
@@ -327,6 +352,12 @@ def _build(source: Source, path: Path, sizes: np.ndarray, exact: bool, workers: 
 
 def _remove(path: Path) -> None:
     """The lock last, which the caller has: who comes then makes another."""
-    for ending in (".npz", ".pixels", ".tmp", ".index.tmp", ".lock"):
+    _remove_parts(path)
+    with suppress(OSError):
+        path.with_suffix(".lock").unlink()
+
+
+def _remove_parts(path: Path) -> None:
+    for ending in (".npz", ".pixels", ".tmp", ".index.tmp"):
         with suppress(OSError):
             path.with_suffix(ending).unlink()

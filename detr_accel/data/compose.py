@@ -57,19 +57,24 @@ def colours(image: Tensor, jitter: Jitter | None) -> Tensor:
     if jitter.brightness is not None:
         image = (image * jitter.brightness).clamp_(0, 255)
     if jitter.contrast is not None and jitter.contrast_first:
-        image = _away_from(_grey(image).mean(), image, jitter.contrast)
+        image = _away_from(_mean_grey(image), image, jitter.contrast)
     if jitter.saturation is not None:
         image = _away_from(_grey(image), image, jitter.saturation)
     if jitter.hue is not None:
         image = _turn(image, jitter.hue)
     if jitter.contrast is not None and not jitter.contrast_first:
-        image = _away_from(_grey(image).mean(), image, jitter.contrast)
+        image = _away_from(_mean_grey(image), image, jitter.contrast)
     return image
 
 
 def _grey(image: Tensor) -> Tensor:
     red, green, blue = image
     return red * _GREY[0] + green * _GREY[1] + blue * _GREY[2]
+
+
+def _mean_grey(image: Tensor) -> Tensor:
+    """Row by row: one sum over all would be split among threads, and its last digits would depend on their number."""
+    return _grey(image).mean(-1).mean()
 
 
 def _away_from(grey: Tensor, image: Tensor, factor: float) -> Tensor:

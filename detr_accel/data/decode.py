@@ -90,7 +90,7 @@ def read_rgb(
         with Image.open(io.BytesIO(data)) as picture:
             upright = _turned(path, picture, size_px, scale)
             pixels = _to_rgb(upright)
-            if at_least_px is not None:
+            if at_least_px not in (None, size_px):  # what is cut at the record's own size must have it
                 wanted = decoded_px((pixels.height, pixels.width), at_least_px)
                 return np.array(pixels if wanted == (pixels.height, pixels.width) else _smaller(pixels, wanted))
             if size_px is not None and (pixels.height, pixels.width) != size_px:

@@ -1,14 +1,16 @@
-"""A first recipe for a folder: fifteen to twenty lines, each with its reason from the data."""
+"""A first recipe for a folder: about twenty lines, each with its reason from the data."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 
 import numpy as np
 
 from detr_accel.data.coco import CocoSource
 
+_WORDS = {"true", "false", "null", "yes", "no", "on", "off"}
 _SIDES = {"left", "right", "l", "r", "lh", "rh"}  # a class that a mirrored picture would turn into another
 _FEW, _MANY = 10_000, 50_000
 _LONGEST = 1.7  # long side to short, beyond which images are shrunk
@@ -46,16 +48,19 @@ def facts(train: CocoSource, val: CocoSource) -> Facts:
     )  # fmt: skip
 
 
-def write(found: Facts, name: str, root: str, format_: str = "coco", detector: str = "auto") -> str:
+def write(
+    found: Facts, name: str, root: str, format_: str = "coco", detector: str = "auto", file: str | None = None
+) -> str:
     """The recipe as YAML text: settings of one reason share a line, and what the defaults say already is left out.
 
     Args:
         name: of the run.
         root, format_: of ``data``.
         detector: ``detr``, ``rtdetr``, or ``auto``: by the data.
+        file: where it will lie, for the command that trains it; None: NAME.yaml.
     """
     chosen, why = _choice(found) if detector == "auto" else (detector, "as asked")
-    return _text(_ROWS[chosen](found, root, format_, why), name)
+    return _text(_ROWS[chosen](found, root, format_, why), name, file or f"{name}.yaml")
 
 
 def _detr_rows(found: Facts, root: str, format_: str, why: str) -> list[tuple[str, str]]:
@@ -129,8 +134,8 @@ def _flow(start: str, settings: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def _optim_row(batch: int, detector: str, more: str = "") -> tuple[str, str]:
     if batch == 16:
-        return f"optim: {{lr: 1.0e-4, lr_backbone: 1.0e-5{more}}}", f"{detector}'s 1e-4, for 16 images a step"
-    return f"optim: {{lr: 5.0e-5, lr_backbone: 5.0e-6{more}}}", f"{detector}'s 1e-4 belongs to 16 images a step"
+        return f"optim: {{lr: 1.0e-4, lr_backbone: 1.0e-5{more}}}", f"{detector}'s 1e-4, used with 16 images a step"
+    return f"optim: {{lr: 5.0e-5, lr_backbone: 5.0e-6{more}}}", f"below {detector}'s 1e-4, for 16 images and more"
 
 
 def _data_rows(found: Facts, root: str, format_: str) -> list[tuple[str, str]]:
@@ -180,14 +185,14 @@ def _last_rows(found: Facts, steps: int, queries: int) -> list[tuple[str, str]]:
 _ROWS = {"detr": _detr_rows, "rtdetr": _rtdetr_rows}
 
 
-def _text(rows: list[tuple[str, str]], name: str) -> str:
+def _text(rows: list[tuple[str, str]], name: str, file: str) -> str:
     width = max(len(text) for text, why in rows if why) + 2
     lines = [f"{text:{width}s}# {why}" if why else text for text, why in rows]
     head = [
         "# A first recipe, from what is in the data. Each line says why; any may be changed.",
-        f"#   accelerate launch --config_file accelerate_config.yaml train.py --recipe {name}.yaml",
+        f"#   accelerate launch --config_file accelerate_config.yaml train.py --recipe {shlex.quote(file)}",
     ]
-    return "\n".join([*head, f"name: {name}", *lines, ""])
+    return "\n".join([*head, f"name: {_quoted(name)}", *lines, ""])
 
 
 def _step(value: float) -> int:
@@ -272,4 +277,6 @@ def _why_start(found: Facts, detector: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    return text if re.fullmatch(r"[\w./~-]+", text) else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    """As YAML's text, whatever it looks like: a number, a date, a truth value, or nothing of the kind."""
+    plain = re.fullmatch(r"\.{0,2}/?[A-Za-z_][\w./~-]*|/[\w./~-]*", text) and text.lower() not in _WORDS
+    return text if plain else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -15,6 +15,7 @@ import numpy as np
 Size = tuple[int, int]
 Rect = tuple[float, float, float, float]  # top, left, height, width
 
+_MOST_PX = 2**25  # of an image before its crop: 100 MB, and a shape of 1 to 90 with DETR's 600 pixels
 _LEAST_SHARE = 0.1  # of a box's area that must be left of it, where an image is placed on a canvas
 _LEAST_PX = 1.0  # a side that such a box must have there
 
@@ -133,7 +134,9 @@ def resized(size_px: Size, short: int, max_size: int | None, square: bool = Fals
     if max_size is not None:
         low, high = float(min(h, w)), float(max(h, w))
         if high / low * short > max_size:
-            short = max(1, int(round(max_size * low / high)))
+            short = int(round(max_size * low / high))
+            if short <= 1:  # a line of pixels, of which DETR would ask for none, or for more than max_size
+                return min(h, max_size) if h > w else 1, min(w, max_size) if w > h else 1
     if min(h, w) == short:
         return h, w
     if w < h:
@@ -159,6 +162,8 @@ def train_plan(rng: np.random.Generator, size_px: Size, policy: Augmentation, sc
         short = scale or _choice(rng, policy.scales)
         return Plan(size_px, flip, None, None, policy.resized(size_px, short))
     first = resized(size_px, _choice(rng, policy.crop_scales), None)
+    if first[0] * first[1] > _MOST_PX:  # a line of pixels, made hundreds of pixels wide
+        return Plan(size_px, flip, None, None, policy.resized(size_px, scale or _choice(rng, policy.scales)))
     width = _crop_side(rng, first[1], policy.crop_size)
     height = _crop_side(rng, first[0], policy.crop_size)
     top = int(rng.integers(0, first[0] - height + 1))
@@ -178,6 +183,9 @@ def largest_first(size_px: Size, policy: Augmentation) -> Size:
     if policy.crop == 0:
         return bounded
     first = resized(size_px, max(policy.crop_scales), None)
+    if first[0] * first[1] > _MOST_PX:
+        fitting = [resized(size_px, s, None) for s in policy.crop_scales]
+        first = max((f for f in fitting if f[0] * f[1] <= _MOST_PX), default=bounded)
     if policy.square:  # of another shape than what is cropped: each side as long as either wants it
         return max(bounded[0], first[0]), max(bounded[1], first[1])
     return max(bounded, first, key=lambda size: size[0] * size[1])

@@ -15,6 +15,13 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif",
 
 
 def _files(path: Path) -> list[Path]:
+    try:
+        return _found(path)
+    except OSError as error:
+        raise UserError(f"cannot look at {path}: {error.strerror}; give files or folders that can be read") from None
+
+
+def _found(path: Path) -> list[Path]:
     if not path.exists():
         raise UserError(f"there is no image {path}; give files or folders that are there")
     if not path.is_dir():

@@ -198,7 +198,7 @@ class StreamSource:
     def odd(self, start_window: int, end_window: int, name: str) -> list[str]:
         """A line for each kind of dirt in these windows, in the rows that this process has read; forgets all before."""
         dirt = Dirt(self.how.on_bad, look=True)
-        for window in sorted(w for w in self._odd if w < end_window):
+        for window in sorted(w for w in list(self._odd) if w < end_window):  # another thread may add to it
             for kind, (num, text) in self._odd.pop(window).items():
                 if window >= start_window:
                     dirt.note(kind, text, num)

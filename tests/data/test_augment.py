@@ -473,3 +473,19 @@ def test_a_cache_keeps_what_a_crop_needs(name, tmp_path):
 
 def test_the_mean_fills_with_whole_levels():
     assert mean_levels(MEAN).flatten().tolist() == [124.0, 116.0, 104.0]
+
+
+@pytest.mark.law2
+@pytest.mark.parametrize("first", [True, False])
+def test_contrast_does_not_depend_on_the_number_of_threads(first):
+    """A sum over a whole picture is split among them; loader processes have one, the training process more."""
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            gen = torch.Generator().manual_seed(1)
+            images = [torch.rand(3, 640, 641, generator=gen) * 255 for _ in range(4)]
+            found.append([colours(i, Jitter(contrast=0.7, contrast_first=first)) for i in images])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for others in found[1:] for a, b in zip(found[0], others, strict=True))

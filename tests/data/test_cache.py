@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import time
@@ -372,3 +373,42 @@ def test_a_damaged_index_is_built_anew(folder, tmp_path, damage):
     splits = build(recipe)
     assert "built in" in splits.found[-2]
     assert (splits.train.sample(4).image == wanted.image).all()
+
+
+def test_what_a_killed_build_left_does_not_take_the_room_of_the_next(folder, tmp_path, monkeypatch):
+    recipe = recipe_for(tmp_path / "c", root=folder, **SMALL)
+    build(recipe)
+    path = next((tmp_path / "c").glob("*.npz"))
+    path.unlink()
+    path.with_suffix(".tmp").write_bytes(b"x" * 1000)
+    seen = []
+
+    def look(*_):
+        seen.append([p.name for p in path.parent.glob(path.stem + ".*")])
+
+    monkeypatch.setattr(cache, "_check_room", look)
+    assert any("built" in line for line in build(recipe).found[-2:])
+    assert seen[0] == [path.with_suffix(".lock").name]
+
+
+def test_a_cached_source_travels_to_a_process_that_is_started_anew(folder, tmp_path):
+    train = build(recipe_for(tmp_path / "c", root=folder, **SMALL)).train
+    travels = pickle.dumps(train)
+    assert len(travels) < train._pixels.nbytes + 50_000
+    back = pickle.loads(travels)
+    assert (back.sample(3).image == train.sample(3).image).all()
+    pickle.dumps(cache._as_it_is)
+
+
+def test_a_disk_that_fills_up_while_it_is_built_says_so(folder, tmp_path, monkeypatch):
+    plain = np.ascontiguousarray
+
+    def full(image):
+        if plain(image).dtype == np.uint8:
+            raise OSError(28, "No space left on device")
+        return plain(image)
+
+    monkeypatch.setattr(cache.np, "ascontiguousarray", full)
+    for workers in (0, 1):
+        with pytest.raises(UserError, match="No space left on device"):
+            build(recipe_for(tmp_path / f"c{workers}", root=folder, **(SMALL | {"workers": workers})))

@@ -11,6 +11,7 @@ from detr_accel import data
 from detr_accel import recipe as recipes
 from detr_accel.cli import main
 from detr_accel.data.first_recipe import Facts, facts, write
+from detr_accel.train.optim import lr_schedule
 
 SHARED = Path(__file__).parents[3] / "shared/data"
 PLAIN = Facts(300, 70, 3, 30, 13.0, 480, 1.33, 60.0, ())
@@ -169,9 +170,14 @@ def test_a_recipe_is_fifteen_to_twenty_lines_with_reasons(num_images, num_val, s
                 assert bare == {"name", "root", "model"}
 
 
-@pytest.mark.parametrize("root", ["/a b/c", 'C:\\data\\"x"', "/ü/日本", "~/x"])
+@pytest.mark.parametrize("root", [
+    "/a b/c", 'C:\\data\\"x"', "/ü/日本", "~/x", "20240501", "2024_05_01", "1e5", "true", "Null", "~", "2024-05-01",
+    ".5", "-", "../x", "./20240501",
+])  # fmt: skip
 def test_any_folder_name_survives(root):
-    assert recipes.loads(write(PLAIN, "mine", root)).data.root == root
+    name = root if root.isalnum() else "mine"
+    recipe = recipes.loads(write(PLAIN, name, root))
+    assert (recipe.data.root, recipe.name) == (root, name)
 
 
 def test_what_is_no_data_set_is_one_sentence(tmp_path, capsys):
@@ -180,3 +186,17 @@ def test_what_is_no_data_set_is_one_sentence(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "Traceback" not in said and said.count("detr-accel: ") == 2
     assert "parquet files" in said and "annotations/instances_train.json" in said
+
+
+@pytest.mark.parametrize("detector", ["detr", "rtdetr"])
+def test_it_learns_to_its_last_step(detector):
+    recipe = written(detector)[0]
+    s = recipe.schedule
+    factor = lr_schedule(s.kind, 1000, warmup_steps=0, drop_at=s.drop_at, min_factor=s.min_factor, fall=s.fall)
+    assert all(factor(step) > 0 for step in range(1000))
+
+
+def test_the_command_names_the_file_whatever_it_is_called():
+    text = write(PLAIN, "mine", "/data/mine", file="recipes/my set.yaml")
+    assert "train.py --recipe 'recipes/my set.yaml'" in text
+    assert "train.py --recipe mine.yaml" in write(PLAIN, "mine", "/data/mine")

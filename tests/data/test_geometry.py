@@ -5,7 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from detr_accel.data.geometry import Augmentation, Plan, apply_boxes, canvas, eval_plan, resized, train_plan
+from detr_accel.data.geometry import (
+    Augmentation,
+    Plan,
+    apply_boxes,
+    canvas,
+    eval_plan,
+    largest_first,
+    resized,
+    train_plan,
+)
 from detr_accel.data.pixels import transform
 from detr_accel.data.source import GEOMETRY, generator
 
@@ -22,7 +31,8 @@ DETR = Augmentation(0.5, tuple(range(480, 801, 32)), 1333, 0.5, (400, 500, 600),
         ((800, 1000), 800, 1333, (800, 1000)),  # already there
         ((300, 640), 800, 1333, (625, 1333)),  # 624.84 is rounded, then 1333.33 is cut
         ((333, 500), 400, None, (400, 600)),
-        ((1, 5000), 800, 1333, (1, 5000)),  # DETR would ask for 0 pixels
+        ((1, 5000), 800, 1333, (1, 1333)),  # DETR would ask for 0 pixels
+        ((5400, 2), 800, 1333, (1333, 1)),
     ],
 )
 def test_resize_follows_the_rule_of_detr(size_px, short, max_size, expected):
@@ -99,3 +109,11 @@ def test_crop_drops_boxes_outside_and_clips_the_rest():
 
 def test_canvas_holds_every_plan():
     assert canvas([eval_plan((480, 640), 80, 200), eval_plan((640, 480), 80, 200)]) == (106, 106)
+
+
+def test_a_line_of_pixels_is_not_blown_up_to_a_wall():
+    policy = Augmentation(0.5, (480, 800), 1333, 1.0, (400, 600), (384, 600))
+    for size_px in ((1, 5000), (5000, 1), (2, 900)):
+        plan = train_plan(np.random.default_rng(0), size_px, policy)
+        assert plan.first_px is None or np.prod(plan.first_px) <= 2**25
+        assert max(plan.size_px) <= 1.02 * 1333 and np.prod(largest_first(size_px, policy)) <= 2**25
