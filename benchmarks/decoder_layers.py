@@ -1,6 +1,6 @@
 """AP and latency with fewer decoder layers: what `--decoder-layers N` of eval and predict saves and costs.
 
-    python benchmarks/decoder_layers.py runs/shapes --out benchmarks/results/decoder_layers.json
+    python benchmarks/decoder_layers.py runs/detr_shapes --out benchmarks/results/decoder_layers.json
 
 AP is the run's own, on its validation split. Latency is a forward of one image, in turns of all numbers of layers, for
 the run's model at its evaluation size and for DETR-R101 (random weights) at 480 x 640: medians, and ratios to all

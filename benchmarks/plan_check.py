@@ -127,7 +127,7 @@ def resident_bytes(recipe: recipes.Recipe, demands: data.Demands, micro: int) ->
 
 MICRO = 1
 RECIPES = {
-    "shapes' DETR": ("shapes", (128, 256, 384), ["data.shapes.num_train=40", "data.shapes.num_val=4"]),
+    "shapes' DETR": ("detr_shapes", (128, 256, 384), ["data.shapes.num_train=40", "data.shapes.num_val=4"]),
     "DETR, tf_efficientnet_lite0 with live norms": (
         "detr_r101_coco", (320, 480, 640),
         ["model.backbone.name=tf_efficientnet_lite0", "model.backbone.weights=none", "ema.enabled=true"],
@@ -142,7 +142,8 @@ RECIPES = {
 
 def load(name: str, size: int, settings: list[str]) -> tuple[recipes.Recipe, data.Demands]:
     stem, _, own = RECIPES[name]
-    fixed = [f"batch.size={2 * MICRO}", f"batch.micro={MICRO}", "device=cpu", "data.root=nowhere"]
+    fixed = [f"batch.size={2 * MICRO}", f"batch.micro={MICRO}", "device=cpu"]
+    fixed += ["data.root=nowhere"] if "coco" in stem else []  # procedural shapes read no files
     fixed += [f"data.augment.{key}" for key in (f"max_size={size}", f"scales=[{size}]", "crop=0")]
     recipe = recipes.load(ROOT / "recipes" / f"{stem}.yaml", [*own, *fixed, *settings])
     return recipe, data.demands(recipe, data.build(recipe) if data.is_there(recipe) else None)

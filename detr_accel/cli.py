@@ -15,6 +15,8 @@ from detr_accel.structures import UserError, writing
 
 def main(argv: list[str] | None = None) -> int:
     """The console script."""
+    with suppress(AttributeError, ValueError):  # a name that this console cannot show must not cost the work behind it
+        sys.stdout.reconfigure(errors="backslashreplace")
     args, overrides = _parser().parse_known_args(_join_resume(sys.argv[1:] if argv is None else argv))
     return _guard(
         lambda: args.run(args, _only_overrides(overrides, allowed=args.overrides)), trains=args.verb == "train"
@@ -35,6 +37,9 @@ def _guard(action, trains: bool = False) -> int:
         if int(os.environ.get("RANK", "0")) == 0 or getattr(error, "lonely", False):
             for line in str(error).splitlines():
                 print(f"detr-accel: {line}", file=sys.stderr)
+        return 2
+    except PermissionError as error:
+        print(f"detr-accel: {error.filename}: {error.strerror}: this user may not read or enter it", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("detr-accel: interrupted", file=sys.stderr)
@@ -63,8 +68,8 @@ def _join_resume(argv: list[str]) -> list[str]:
     """``--resume auto`` is one word to argparse, or ``--resume optim.lr=1e-5`` would lose its override."""
     joined: list[str] = []
     for word in argv:
-        if word == "auto" and joined[-1:] == ["--resume=yes"]:
-            joined[-1] = "--resume=auto"
+        if word in ("auto", "yes") and joined[-1:] == ["--resume=yes"]:
+            joined[-1] = f"--resume={word}"
         else:
             joined.append("--resume=yes" if word == "--resume" else word)
     return joined
@@ -104,7 +109,10 @@ def _parser() -> argparse.ArgumentParser:
 
     _data_verbs(verb)
 
-    p = verb("eval", _eval, "COCO metrics of a run or checkpoint")
+    p = verb(
+        "eval", _eval, "COCO metrics of a run or checkpoint; its keys of data and evaluate can be set as key=value",
+        overrides=True,
+    )  # fmt: skip
     p.add_argument("model", help="run, checkpoint, model folder, .pth or .safetensors")
     p.add_argument("--split", choices=["train", "val", "test"], help="default: val, or the only one in --data")
     p.add_argument("--data", type=Path, help="another COCO folder than the run's; classes are matched by name")
@@ -198,7 +206,9 @@ def _data_verbs(verb) -> None:
         "or a look at what training will see",
         overrides=True,
     )  # fmt: skip
-    p.add_argument("data", help="a COCO folder, or a recipe (YAML), whose keys can then be set as key=value")
+    p.add_argument(
+        "data", help="a data set's folder or .parquet file, or a recipe (YAML), whose keys can then be set as key=value"
+    )
     p.add_argument("--out", type=Path, metavar="FOLDER", help="also write report.html, with pictures, and report.json")
     p.add_argument("--workers", type=_at_least(0), help="processes that decode (default: one for each core, at most 8)")
     p.add_argument("--preview", type=Path, metavar="OUT.png", help="instead: a contact sheet of what training will see")
@@ -207,7 +217,7 @@ def _data_verbs(verb) -> None:
     p.add_argument("--json", action="store_true")
 
     p = verb("start", _start, "write a first recipe for a data set, each line with its reason")
-    p.add_argument("folder", type=Path, help="a COCO folder")
+    p.add_argument("folder", type=Path, help="of COCO, or of a Hugging Face data set, or a .parquet file")
     p.add_argument("--out", type=Path, help="the recipe (default: NAME.yaml here, NAME being the folder's)")
     p.add_argument("--detector", default="auto", choices=["auto", "detr", "rtdetr"], help="auto: by the data")
 
@@ -296,7 +306,7 @@ def _start(args, _) -> int:
     out = args.out or Path(f"{name or 'first'}.yaml")
     if out.exists():
         raise UserError(f"{out} is already there: remove it, or choose another with --out")
-    text, found = data.first_recipe_for(args.folder, name or "first", args.detector)
+    text, found = data.first_recipe_for(args.folder, name or "first", args.detector, str(out))
     recipes.loads(text, str(out))
     with writing(out):
         out.write_text(text, encoding="utf-8")
@@ -304,12 +314,12 @@ def _start(args, _) -> int:
     return 0
 
 
-def _eval(args, _) -> int:
+def _eval(args, overrides) -> int:
     from detr_accel.infer import evaluation
 
     metrics, said = evaluation.evaluate_checkpoint(
         args.model, split=args.split, data_folder=args.data, decoder_layers=args.decoder_layers, device=args.device,
-        precision=args.precision, quiet=args.json,
+        precision=args.precision, overrides=overrides, quiet=args.json,
     )  # fmt: skip
     print(
         json.dumps(metrics.to_json() | {"notes": said}, indent=1) if args.json else "\n".join([*said, metrics.table()])
@@ -361,7 +371,9 @@ def _recipes(args, _) -> int:
         if target.exists():
             raise UserError(f"{target} is already here; move it away first")
         with writing(target.absolute()):
-            target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+            schema = f"$schema={source.with_name('schema.json')}"  # none lies beside the copy
+            text = source.read_text(encoding="utf-8").replace("$schema=schema.json", schema, 1)
+            target.write_text(text, encoding="utf-8")
         print(f"wrote {target}")
         return 0
     rows = [

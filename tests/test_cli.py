@@ -67,3 +67,27 @@ def test_a_mistake_is_told_once_or_by_the_one_process_that_has_it(monkeypatch, c
 
     assert cli._guard(action) == 2
     assert ("something is wrong" in capsys.readouterr().err) == told
+
+
+def test_a_copied_recipe_still_knows_its_schema(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["recipes", "--copy", "shapes"]) == 0
+    first = (tmp_path / "shapes.yaml").read_text().splitlines()[0]
+    assert Path(first.partition("$schema=")[2]).is_file()
+
+
+@pytest.mark.parametrize("words, found", [
+    (["--resume", "yes", "a.b=1"], ["--resume=yes", "a.b=1"]), (["--resume", "auto"], ["--resume=auto"]),
+    (["--resume", "a.b=1"], ["--resume=yes", "a.b=1"]), (["--resume"], ["--resume=yes"]),
+])  # fmt: skip
+def test_resume_may_be_followed_by_its_word(words, found):
+    assert cli._join_resume(words) == found
+
+
+def test_a_folder_that_may_not_be_entered_is_one_sentence(monkeypatch, capsys):
+    def closed(*_):
+        raise PermissionError(13, "Permission denied", "/root/x")
+
+    monkeypatch.setattr(cli, "_recipes", closed)
+    assert cli.main(["recipes"]) == 2
+    assert capsys.readouterr().err == "detr-accel: /root/x: Permission denied: this user may not read or enter it\n"

@@ -9,7 +9,7 @@ def match_classes(model_classes: Classes, data_classes: Classes) -> tuple[dict[i
     """The model's label -> the data set's category id, matched by name, upper and lower case alike.
 
     Labels without a counterpart are left out: their detections are dropped. When several categories of the data set
-    share a name, the one with the label's own category id is taken, or else the first.
+    share a name, the one written alike is taken, then the one with the label's own category id, then the first.
 
     Returns:
         The map, and the sentences that tell the person what was matched and what was not.
@@ -25,7 +25,8 @@ def match_classes(model_classes: Classes, data_classes: Classes) -> tuple[dict[i
     for label, (name, own) in enumerate(zip(model_classes.names, model_classes.category_ids, strict=True)):
         if name is None:
             continue
-        candidates = [c for _, c in by_name.get(_key(name), [])]
+        alike = by_name.get(_key(name), [])
+        candidates = [c for other, c in alike if other == name] or [c for _, c in alike]
         if candidates:
             to_category[label] = own if own in candidates else candidates[0]
         else:

@@ -40,7 +40,7 @@ class Metrics:
     max_detections: int
     backend: str  # name and version
     kept: dict[int, Detections] = field(default_factory=dict)  # image id -> detections that the caller asked to keep
-    out_of_reach: int = 0  # of the boxes to find: those beyond max_detections in their image
+    out_of_reach: int = 0  # of the boxes to find: those beyond max_detections of their class in their image
     lost: dict[int, str] = field(default_factory=dict)  # image id -> why it could not be read; these count nowhere
 
     def to_json(self) -> dict:
@@ -74,7 +74,7 @@ class Metrics:
         if self.out_of_reach:
             rows.append(
                 f"{self.out_of_reach} of {sum(self.num_objects.values())} objects cannot be found: their images hold "
-                f"more than evaluate.max_detections, which is {self.max_detections} (COCO's own figures are at 100)"
+                f"more of their class than evaluate.max_detections, which is {self.max_detections} (COCO: 100)"
             )
         if self.num_not_finite:
             rows.append(f"{self.num_not_finite} detections were not finite and are left out")
@@ -148,8 +148,8 @@ def score(
 
 
 def _out_of_reach(annotations: list[dict], max_detections: int) -> int:
-    """How many boxes no list of so many detections an image can hold."""
-    sizes = Counter(a["image_id"] for a in annotations if not a["iscrowd"])
+    """How many boxes no list of so many detections of an image and category can hold."""
+    sizes = Counter((a["image_id"], a["category_id"]) for a in annotations if not a["iscrowd"])
     return sum(max(0, size - max_detections) for size in sizes.values())
 
 

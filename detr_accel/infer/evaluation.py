@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from detr_accel import data, evaluate
+from detr_accel import recipe as recipes
 from detr_accel.infer.detector import Detector, load
+from detr_accel.monitor.memory import is_out_of_memory
 from detr_accel.structures import UserError
 
 
@@ -19,6 +22,7 @@ def evaluate_checkpoint(
     decoder_layers: int | None = None,
     device: str = "auto",
     precision: str = "float32",
+    overrides: Sequence[str] = (),
     quiet: bool = False,
 ) -> tuple[evaluate.Metrics, list[str]]:
     """Evaluate a run or a checkpoint.
@@ -28,24 +32,35 @@ def evaluate_checkpoint(
         data_folder: a COCO folder; None takes the data set in the checkpoint's recipe, cut as it was for the training.
             Classes are matched by name.
         decoder_layers, device, precision: see ``detector.load``.
+        overrides: ``key=value`` for the checkpoint's recipe, in its sections data and evaluate.
     Returns:
         the metrics, and the sentences that say what was evaluated on what, and how.
+    Raises:
+        UserError: anything the person can mend, in one sentence.
     """
     detector = load(path, decoder_layers=decoder_layers, device=device, precision=precision)
+    for text in overrides:
+        if text.split(".")[0] not in ("data", "evaluate"):
+            raise UserError(f"{text}: an evaluation takes keys of data and evaluate; the rest belongs to the weights")
+    detector.recipe = recipe = recipes.changed(detector.recipe, overrides) if overrides else detector.recipe
     source = _source(detector, split, data_folder)
     to_category, said = evaluate.match_classes(detector.classes, source.classes)
-    recipe = detector.recipe
+    said += _trained_on(detector, source, data_folder)
     batches = data.eval_batches(recipe, source, rank=0, num_ranks=1, mean=detector.model.mean, std=detector.model.std)
     total = -(-len(source) // recipe.evaluate.batch)
-    metrics = evaluate.run(
-        lambda batch: detector(batch, recipe.evaluate.max_detections),
-        batches,
-        ground_truth=source.ground_truth(),
-        to_category=to_category,
-        max_detections=recipe.evaluate.max_detections,
-        backend=recipe.evaluate.backend,
-        progress=lambda it: tqdm(it, total=total, desc="evaluate", unit="batch", disable=quiet or None),
-    )
+    try:
+        metrics = evaluate.run(
+            lambda batch: detector(batch, recipe.evaluate.max_detections), batches,
+            ground_truth=source.ground_truth(), to_category=to_category,
+            max_detections=recipe.evaluate.max_detections, backend=recipe.evaluate.backend,
+            progress=lambda it: tqdm(it, total=total, desc="evaluate", unit="batch", disable=quiet or None),
+        )  # fmt: skip
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"evaluation ran out of memory: set evaluate.batch below {recipe.evaluate.batch}, or data.eval_size smaller"
+        ) from error
     lost = [f"left out of the evaluation: {why}" for why in metrics.lost.values()]
     return metrics, [*detector.notes, f"data: {data.describe(source)}", *said, *lost, _precision_note(detector)]
 
@@ -53,8 +68,23 @@ def evaluate_checkpoint(
 def _source(detector: Detector, split: str | None, folder: Path | None) -> data.Source:
     root = detector.recipe.data.root
     if folder is None and root is not None and not Path(root).expanduser().exists():
-        raise UserError(f"there is no folder {root}, where this checkpoint's recipe has its data: give --data FOLDER")
+        raise UserError(
+            f"there is no folder {root}, where this checkpoint's recipe has its data: where it has moved give "
+            "data.root=FOLDER, which keeps the run's own split; --data FOLDER is for another data set"
+        )
     return data.eval_source(detector.recipe, folder, split, detector.split)
+
+
+def _trained_on(detector: Detector, source: data.Source, folder: Path | None) -> list[str]:
+    """Where another folder's images have ids that this run was trained on, as of a json that it has cut in two."""
+    trained = set(detector.split["train"]) if folder is not None and detector.split is not None else set()
+    seen = sum(source.image_id(i) in trained for i in range(len(source)))
+    if not seen:
+        return []
+    return [
+        f"beware: {seen} of {len(source)} images have the ids of images that this run was trained on; if it is the "
+        f"same set, give data.root={folder} instead, which evaluates what was kept for validation"
+    ]
 
 
 def _precision_note(detector: Detector) -> str:

@@ -58,9 +58,14 @@ def predict(
         except UserError as error:
             skipped.append((name, str(error)))
             continue
-        with writing(out):
-            picture.save(out / _picture_name(name, found.image_id), quality=92)
         rows += _coco_rows(found, name, detector.classes)
+        with writing(out):
+            try:
+                picture.save(out / _picture_name(name, found.image_id), quality=92)
+            except OSError as error:
+                if error.errno is not None:
+                    raise
+                skipped.append((name, f"{name}: no picture of it, as a JPEG cannot be so large; its objects are kept"))
     with writing(out):
         (out / "detections.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     return _summary(detector, rows, len(source.paths) + len(source.skipped), skipped, threshold, why, out)
@@ -79,7 +84,7 @@ def _found(
             yield batch
         else:
             (found,) = detector(batch, recipe.model.num_queries)
-            yield _above(found, threshold)
+            yield _above(found, threshold, detector.classes)
 
 
 def _summary(
@@ -136,13 +141,16 @@ def _threshold(asked: float | None, detector: Detector) -> tuple[float, str]:
     return meta["threshold"], why
 
 
-def _above(found: Detections, threshold: float) -> Detections:
-    keep = found.scores >= threshold
+def _above(found: Detections, threshold: float, classes: Classes) -> Detections:
+    """What scores enough and has a category: the published heads have labels that no category uses."""
+    used = np.array([category is not None for category in classes.category_ids])
+    keep = (found.scores >= threshold) & used[found.labels]
     return Detections(found.image_id, found.scores[keep], found.labels[keep], found.boxes_xyxy_px[keep])
 
 
 def _picture_name(name: str, image_id: int) -> str:
-    return f"{image_id - 1:05d}_{Path(name).stem}.jpg"
+    stem = Path(name).stem.encode(errors="surrogateescape")[:200].decode(errors="replace")  # a name has 255 bytes
+    return f"{image_id - 1:05d}_{stem}.jpg"
 
 
 def _coco_rows(found: Detections, name: str, classes: Classes) -> list[dict]:

@@ -30,3 +30,9 @@ def test_a_shared_name_prefers_the_labels_own_category():
 def test_no_shared_name_is_refused_with_both_lists():
     with pytest.raises(UserError, match="Person, .*data set has platelet"):
         match_classes(MODEL, Classes(("platelet",), (0,)))
+
+
+def test_names_that_differ_in_case_only_are_told_apart():
+    to_category, _ = match_classes(Classes(("Car", "car"), (1, 2)), Classes(("car", "Car"), (1, 2)))
+    assert to_category == {0: 2, 1: 1}
+    assert match_classes(Classes(("CAR",), (9,)), Classes(("car", "Car"), (1, 2)))[0] == {0: 1}

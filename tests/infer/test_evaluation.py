@@ -100,7 +100,7 @@ def test_classes_without_a_common_name_are_refused_in_one_sentence(tmp_path, mak
 
 def test_a_folder_that_has_moved_away_is_named_with_the_way_out(tmp_path, make_run):
     make_run(tmp_path / "gone")
-    with pytest.raises(UserError, match="there is no folder .*gone.*give --data FOLDER"):
+    with pytest.raises(UserError, match="there is no folder .*gone.*give data.root=FOLDER.*--data FOLDER"):
         evaluated(tmp_path / "run")
 
 
@@ -154,3 +154,31 @@ def test_fewer_decoder_layers_give_that_layers_answer(tmp_path, make_run, make_c
         found = first.model(batch.images, batch.mask)
     assert all(torch.equal(found[key], expected[key]) for key in ("pred_logits", "pred_boxes"))
     assert "decoder: 1 of 3 layers" in first.notes and first.cut_from == 3
+
+
+def test_a_data_set_that_has_moved_keeps_the_runs_own_split(tmp_path, make_run, make_coco):
+    root = make_coco(tmp_path / "mine", 10)
+    checkpoint = make_run(root)
+    split = data.build(detector.load(checkpoint, device="cpu").recipe).split_json
+    (checkpoint / "split.json").write_text(json.dumps(split))
+    before, _ = evaluated(checkpoint)
+    root.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="data.root=FOLDER, which keeps the run's own split; --data FOLDER is for"):
+        evaluated(checkpoint)
+    after, _ = evaluated(checkpoint, overrides=[f"data.root={tmp_path / 'moved'}", "evaluate.batch=1"])
+    assert after.num_images == 3 and after.to_json()["AP"] == before.to_json()["AP"]
+    whole, notes = evaluated(checkpoint, data_folder=tmp_path / "moved")
+    assert whole.num_images == 10 and said(notes, "beware: 7 of 10 images", "data.root=")
+    with pytest.raises(UserError, match="takes keys of data and evaluate"):
+        evaluated(checkpoint, overrides=["model.num_queries=5"])
+
+
+def test_memory_that_runs_out_in_an_evaluation_is_one_sentence(tmp_path, make_run, make_coco, monkeypatch):
+    checkpoint = make_run(make_coco(tmp_path / "mine", 10))
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(detector.Detector, "__call__", full)
+    with pytest.raises(UserError, match="evaluation ran out of memory: set evaluate.batch below"):
+        evaluated(checkpoint)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from detr_accel import cli
-from detr_accel.infer.predict import DEFAULT_THRESHOLD, draw
+from detr_accel.infer.predict import DEFAULT_THRESHOLD, _above, draw
 from detr_accel.structures import Classes, Detections
 
 GREY = 120
@@ -168,3 +168,22 @@ def test_nothing_found_leaves_the_picture_as_it_was():
     image = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
     none = Detections(1, np.zeros(0, np.float32), np.zeros(0, np.int64), np.zeros((0, 4), np.float32))
     assert (np.asarray(draw(image, none, Classes((), ()))) == image).all()
+
+
+def test_a_long_name_and_a_picture_too_large_for_a_jpeg_cost_nothing(make_run, tmp_path, photos, capsys):
+    make_run()
+    Image.new("RGB", (40, 40)).save(photos / ("x" * 250 + ".png"))
+    Image.new("RGB", (66_000, 8)).save(photos / "long.png")
+    command = ["predict", str(tmp_path / "run"), str(photos), "--out", str(tmp_path / "found"), "--threshold", "0"]
+    assert cli.main([*command, "--device", "cpu"]) == 1
+    said = capsys.readouterr().out
+    assert "no picture of it, as a JPEG cannot be so large; its objects are kept" in said
+    rows = json.loads((tmp_path / "found" / "detections.json").read_text())
+    assert len({row["file_name"] for row in rows}) == 4
+    assert len(list((tmp_path / "found").glob("*.jpg"))) == 3
+
+
+def test_labels_that_no_category_uses_are_not_found():
+    classes = Classes((None, "cat"), (None, 7))
+    found = Detections(1, np.float32([0.9, 0.8, 0.1]), np.int64([0, 1, 1]), np.zeros((3, 4), np.float32))
+    assert _above(found, 0.5, classes).labels.tolist() == [1]
