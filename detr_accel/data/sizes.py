@@ -158,3 +158,17 @@ def total_windows(recipe: Recipe, num_images: int) -> int:
     """Length of a training in windows."""
     per_epoch = windows_per_epoch(num_images, recipe.batch.size)
     return recipe.schedule.steps or max(1, round(recipe.schedule.epochs * per_epoch))
+
+
+def changes_of_augmentation(recipe: Recipe, num_images: int) -> set[int]:
+    """Windows, from 0, with which something of the augmentation begins or ends: other pictures from there on."""
+    total = total_windows(recipe, num_images)
+    policy, strong = base_policy(recipe, num_images), strong_policy(recipe, num_images)
+    kinds = recipe.data.augment.model_dump().values()
+    marks = {k[at] for k in kinds if isinstance(k, dict) and k["probability"] > 0 for at in ("start", "stop")}
+    near = {math.ceil(mark * total) + d for mark in (*marks, recipe.data.augment.scales_stop) for d in (-1, 0, 1)}
+
+    def on(window: int) -> tuple:
+        return policy.at(window), strong.at(window) if strong is not None else None
+
+    return {window for window in near if 0 < window < total and on(window) != on(window - 1)}

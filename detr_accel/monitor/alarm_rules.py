@@ -45,6 +45,7 @@ class About:
     cached: bool = False  # data.cache
     streamed: bool = False  # data.hub.streaming
     from_scratch: bool = True  # no model.init_from
+    detector: str = "DETR"  # or RT-DETR
     on_gpu: bool = True
     num_images: int = 10**6  # in the training split
 
@@ -189,8 +190,8 @@ def plateau(now: StepStats, past: Past, about: About) -> Alarm | None:
     if not poor or median(recent) < median(before) - max(2 * noise, 0.005 * median(before)):
         return None
     cause = (
-        f"with {about.num_images} images from scratch that is DETR's usual plateau; start from a trained detector "
-        "(model.init_from), or train longer"
+        f"with {about.num_images} images from scratch that is {about.detector}'s usual plateau; start from a trained "
+        "detector (model.init_from), or train longer"
     )
     if not about.from_scratch:
         cause = "the detector that it began from (model.init_from) knows other things; train longer"
@@ -202,9 +203,10 @@ def plateau(now: StepStats, past: Past, about: About) -> Alarm | None:
 
 
 def too_good(now: StepStats, past: Past, about: About) -> Alarm | None:
-    """Fitting the training images nearly perfectly, from random weights, within a few thousand windows."""
+    """Fitting the training images nearly perfectly, from random weights, within a few thousand windows. A DETR cannot;
+    a small RT-DETR with an ImageNet backbone does so with a few hundred images in ten epochs."""
     gious, errors = past.last("loss_giou", 50), past.last("class_error", 50)
-    if not about.from_scratch or now.window > 5000 or len(gious) < 50:
+    if about.detector != "DETR" or not about.from_scratch or now.window > 5000 or len(gious) < 50:
         return None
     if not (median(gious) < 0.1 and median(errors) < 1):
         return None
@@ -341,6 +343,12 @@ def nothing_learns(now: StepStats, past: Past, about: About) -> Alarm | None:
     if any(rate > 0 and now.grad_norms.get(group, 0) > 0 for group, rate in now.lr.items()) or not now.num_boxes:
         return None
     if all(rate == 0 for rate in now.lr.values()):
+        if about.lr > 0:
+            return Alarm(
+                f"no weight moves: the schedule has brought every learning rate to 0 at window {now.window}; raise "
+                "schedule.min_factor, or let schedule.fall end at 1.0",
+                "ERROR",
+            )
         return Alarm(
             f"no weight moves: the learning rate of every group is 0 at window {now.window}; set optim.lr (DETR trains "
             f"at {DETR_LR:g}) and optim.lr_backbone (1e-5)",

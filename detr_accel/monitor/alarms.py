@@ -32,8 +32,8 @@ class Memory:
     episodes: dict[str, list[int]] = field(default_factory=dict)
     head_loaded: float = 0.0  # share of the class rows that model.init_from brought
 
-    def other_weights(self) -> None:
-        """The weights went back to earlier ones, and with them the losses: those since are no measure of what comes."""
+    def begin_anew(self) -> None:
+        """Other weights (earlier ones again) or other pictures: losses so far are no measure of what comes."""
         for name in self.recent.keys() - {"start"}:
             del self.recent[name]
         self.blocks.clear()

@@ -87,8 +87,7 @@ def _train(
         # -- data, model, optimizer; where the last run stopped; how much fits
         split = _saved_split(run.path if resume else branch)
         opened = everywhere(accelerator, lambda: data.build(recipe, split, max_val_images))
-        quiet = not accelerator.is_main_process
-        splits = everywhere(accelerator, lambda: data.with_cache(recipe, opened, quiet), at_once=True)
+        splits = everywhere(accelerator, lambda: data.with_cache(recipe, opened), at_once=True)
         built = everywhere(accelerator, lambda: parts.build(recipe, accelerator, splits, resume=resume or bool(branch)))
         state, notes = resuming.start_or_resume(built, run, resume=resume, branch=branch)
         notes += [*_fit(built, state), *data.who_reads_what(splits.train, accelerator.num_processes)]
@@ -148,6 +147,8 @@ def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal
         loader = LoaderTime.of(micro_batches)
         turn.canvas_px = data.largest_canvas(micro_batches)
         micro_batches, lost = data.without_lost(micro_batches)
+        if state.window in turn.other_pictures:
+            state.alarms.begin_anew()
         turn.commit.back_to_best(state)
         built.optimizer.zero_grad(set_to_none=True)
         micro_batches, result = turn.run(micro_batches, failure)
@@ -197,6 +198,7 @@ class _Turn:
         )
         self.account = LostImages(built, state, sinks)
         self.over = False  # early stopping ended the run
+        self.other_pictures = data.changes_of_augmentation(built.recipe, len(built.splits.train))
 
     def begin(self) -> bool:
         """Before the first window: room on the disk, something to go back to, an evaluation that is owed."""
@@ -234,6 +236,7 @@ class _Turn:
                 memory_fit.release(built.accelerator.device)
                 state.health.out_of_memory += 1
                 text = memory_fit.make_room(built.bare, state)
+                monitor.memory.start_peak(built.accelerator.device)  # the failed attempt is no peak of the training
                 self.sinks.alarm("Out of memory", f"window {state.window + 1}: {text}", window=state.window + 1)
             else:
                 return micro_batches, result

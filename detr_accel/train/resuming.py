@@ -157,7 +157,7 @@ def return_to_best(parts: Parts, state: State, checkpoints: Path) -> str:
     )
     if parts.ema is not None:
         parts.ema.updates = state.step
-    state.alarms.other_weights()
+    state.alarms.begin_anew()
     return (
         f"schedule.return_to_best: the weights are those after window {state.best_window} again "
         f"({parts.recipe.evaluate.metric} {100 * state.best:.1f}), the best so far; schedule and samples go on"

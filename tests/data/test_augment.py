@@ -489,3 +489,15 @@ def test_contrast_does_not_depend_on_the_number_of_threads(first):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for others in found[1:] for a, b in zip(found[0], others, strict=True))
+
+
+def test_the_windows_are_known_in_which_other_pictures_begin():
+    recipe = recipes.load(recipes.folder() / "rtdetr_r101_deim_coco.yaml", ["data.root=/d", "schedule.steps=1000"])
+    found = data.changes_of_augmentation(recipe, 16_000)
+    assert found == {67, 567, 967}
+    strong, policy = data.strong_policy(recipe, 16_000), data.base_policy(recipe, 16_000)
+    for window in range(1, 1000):
+        differs = (strong.at(window), policy.at(window)) != (strong.at(window - 1), policy.at(window - 1))
+        assert differs == (window in found), window
+    plain = recipes.loads("data: {format: shapes}\nschedule: {steps: 100}")
+    assert data.changes_of_augmentation(plain, 100) == set()
