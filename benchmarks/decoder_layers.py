@@ -33,7 +33,7 @@ def latencies_ms(make, height: int, width: int, turns: int) -> dict[int, float]:
         make: a function from a number of layers (None: all) to a model.
     """
     whole = make(None)
-    total = len(whole.transformer.decoder.layers)
+    total = whole.num_decoder_layers
     nets = {n: make(n) for n in range(1, total)} | {total: whole}
     image, mask = torch.randn(1, 3, height, width), torch.zeros(1, height, width, dtype=torch.bool)
     taken: dict[int, list[float]] = {n: [] for n in nets}

@@ -26,7 +26,10 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from hardware import hardware  # noqa: E402
+
 SIDE, BATCH, EVERY_S = 320, 8, 150
 
 
@@ -163,7 +166,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def save(path: Path, what: str, seed: int, rows: list[dict]) -> None:
-    path.write_text(json.dumps({"what": what, "seed": seed, "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+    found = {"what": what, "seed": seed, "command": "python " + " ".join(sys.argv), **hardware(), "rows": rows}
+    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def plot(args: argparse.Namespace) -> None:

@@ -24,7 +24,10 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from hardware import hardware  # noqa: E402
+
 BATCH, SIDE, NUM_CLASSES, NUM_BOXES = 8, 320, 3, 13
 RECIPE = {
     "data": {"format": "shapes"},
@@ -131,7 +134,7 @@ def main() -> None:
                 seconds[name].append(time.perf_counter() - start)
     ratios = [a / b for a, b in zip(seconds["transformers"], seconds["ours"], strict=True)]
     found = {
-        "command": "python " + " ".join(sys.argv), "torch": torch.__version__, "threads": args.threads,
+        "command": "python " + " ".join(sys.argv), **hardware(),
         "seconds": {n: {"median": statistics.median(s), "range": [min(s), max(s)]} for n, s in seconds.items()},
         "times_faster": statistics.median(ratios), "range": [min(ratios), max(ratios)],
     }  # fmt: skip

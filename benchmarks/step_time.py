@@ -19,8 +19,6 @@ import argparse
 import contextlib
 import io
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -30,6 +28,7 @@ from pathlib import Path
 
 import torch
 from device_reads import CountReads
+from hardware import hardware
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH, HEIGHT, WIDTH, NUM_CLASSES, NUM_BOXES = 2, 480, 640, 91, 7
@@ -167,15 +166,6 @@ def serve(variant: str, reference: Path | None) -> None:
         run_reference(reference, marks())
     else:
         run_ours(VARIANTS[variant], marks())
-
-
-def hardware() -> dict:
-    model = next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), "?")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    return {
-        "cpu": model, "cores": os.cpu_count(), "threads": 2, "python": platform.python_version(),
-        "torch": torch.__version__, "commit": commit.strip(),
-    }  # fmt: skip
 
 
 def summarise(seconds: dict[str, list[float]], found: dict[str, dict]) -> dict:

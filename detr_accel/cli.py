@@ -39,7 +39,8 @@ def _guard(action, trains: bool = False) -> int:
                 print(f"detr-accel: {line}", file=sys.stderr)
         return 2
     except PermissionError as error:
-        print(f"detr-accel: {error.filename}: {error.strerror}: this user may not read or enter it", file=sys.stderr)
+        words = "not this user's to read, write or enter"
+        print(f"detr-accel: {error.filename}: {error.strerror}: {words}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("detr-accel: interrupted", file=sys.stderr)

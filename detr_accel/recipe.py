@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from detr_accel.recipe_augment import Augment
-from detr_accel.recipe_model import DEFAULTS_OF, Backbone, Loss, Model, RtDetr, misfit
+from detr_accel.recipe_model import DEFAULTS_OF, Backbone, Loss, Model, RtDetr, misfit, unwise
 from detr_accel.recipe_parts import NO_STREAM, Fraction, Hub, Positive, Section, Text
 from detr_accel.structures import UserError
 
@@ -405,23 +405,15 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
 
 def _unwise(recipe: Recipe) -> list[str]:
     """What a person's own recipe should not say, and a finished run's may have said."""
-    d, backbone, why = recipe.data, recipe.model.backbone, []
+    d, optim = recipe.data, recipe.optim
+    why = unwise(recipe.model, recipe.loss, optim.lr_backbone, optim.lr_backbone_norms)
     if d.square and d.eval_size > d.eval_max_size:
         why.append(
             f"data.eval_size is {d.eval_size} with data.square, and data.eval_max_size ({d.eval_max_size}) bounds "
             "every side: raise it too"
         )
-    if recipe.model.name == "rtdetr" and not recipe.loss.aux:
-        why.append(
-            "loss.aux is false, but RT-DETR's decoder layers have heads of their own, which nothing else would train"
-        )
-    trained = backbone.weights != "none" or recipe.model.init_from is not None
-    live = backbone.norm == "live" or (backbone.norm == "auto" and not trained)
-    if recipe.optim.lr_backbone_norms is not None and (not live or recipe.optim.lr_backbone == 0):
-        why.append(
-            "optim.lr_backbone_norms is set, but the backbone's norms are frozen: leave it out, or set "
-            "model.backbone.norm=live and optim.lr_backbone above 0"
-        )
+    if (most := d.augment.mosaic.scale[1]) > 2:
+        why.append(f"data.augment.mosaic.scale goes up to {most:g}, and caches and queues count on 2: make it less")
     return why
 
 
@@ -440,7 +432,10 @@ def changed(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     tree, lines = _parse(dumps(recipe), "the stored recipe")
     for text in overrides:
         _apply_override(tree, lines, text)
-    return _validate(tree, lines, "the stored recipe")
+    found, before = _validate(tree, lines, "the stored recipe"), _unwise(recipe)
+    if why := [text for text in _unwise(found) if text not in before]:
+        raise UserError("\n".join(why))
+    return found
 
 
 def dumps(recipe: Recipe) -> str:
@@ -640,8 +635,9 @@ def _explain(error: Any, lines: dict[str, str], source: str) -> str:
     value = error.get("input")
     if error["type"] == "extra_forbidden":
         if "." in str(error["loc"][-1]) and key in _known():
-            section, _, leaf = key.rpartition(".")
-            return f"{where}: {key} is written with dots on the command line only; here: {section}: {{{leaf}: ...}}"
+            *sections, leaf = key.split(".")
+            nested = ": {".join([*sections, f"{leaf}: ..."]) + "}" * len(sections)
+            return f"{where}: {key} is written with dots on the command line only; here: {nested}"
         near = difflib.get_close_matches(key, _known(), n=1, cutoff=0.6) or _same_leaf(key)
         hint = f"; did you mean {near[0]}?" if near else "; see detr-accel recipes for the keys there are"
         return f"{where}: {key}: no such key{hint}"

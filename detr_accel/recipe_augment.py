@@ -13,7 +13,6 @@ from detr_accel.recipe_parts import Fraction, Positive, Section
 
 Factor = Annotated[float, Field(ge=0, le=4)]
 Above = Annotated[float, Field(gt=0, le=8)]
-UpToTwo = Annotated[float, Field(gt=0, le=2)]
 
 
 class Scheduled(Section):
@@ -88,8 +87,8 @@ class Mosaic(Scheduled):
     the geometry above where it is drawn (DEIM: 0.5, from 0.07 to 0.57 of the training; without its rotation, under
     which boxes would grow)."""
 
-    scale: tuple[UpToTwo, UpToTwo] = (0.5, 1.5)
-    """Factor on the size at which an image fits into a quarter of the canvas, drawn for each of the four."""
+    scale: tuple[Above, Above] = (0.5, 1.5)
+    """Factor on the size at which an image fits into a quarter of the canvas, drawn for each of the four; 2 at most."""
     shift: Annotated[float, Field(ge=0, le=0.4)] = 0.1
     """How far the point may lie from the middle, as a share of the side."""
 

@@ -170,6 +170,27 @@ def misfit(model: Model, loss: Loss) -> str | None:
     return f"loss.kind is {loss.kind}, which does not fit model.name {model.name}: use {' or '.join(fitting)} (or auto)"
 
 
+def norms_train(model: Model) -> bool:
+    """Whether the backbone's normalisation layers train."""
+    trained = model.backbone.weights != "none" or model.init_from is not None
+    return model.backbone.norm == "live" or (model.backbone.norm == "auto" and not trained)
+
+
+def unwise(model: Model, loss: Loss, lr_backbone: float, lr_backbone_norms: float | None) -> list[str]:
+    """What a new recipe should not say of its model, and a stored one may have said."""
+    why = []
+    if model.name == "rtdetr" and not loss.aux:
+        why.append(
+            "loss.aux is false, but RT-DETR's decoder layers have heads of their own, which nothing else would train"
+        )
+    if lr_backbone_norms is not None and (lr_backbone == 0 or not norms_train(model)):
+        why.append(
+            "optim.lr_backbone_norms is set, but the backbone's norms are frozen: leave it out, or set "
+            "model.backbone.norm=live and optim.lr_backbone above 0"
+        )
+    return why
+
+
 DEFAULTS_OF: dict[str, dict[str, dict[str, Any]]] = {  # detector -> section -> what differs from the defaults above
     "rtdetr": {
         "model": {"num_encoder_layers": 1, "dim_feedforward": 1024, "dropout": 0.0, "num_queries": 300},

@@ -90,4 +90,5 @@ def test_a_folder_that_may_not_be_entered_is_one_sentence(monkeypatch, capsys):
 
     monkeypatch.setattr(cli, "_recipes", closed)
     assert cli.main(["recipes"]) == 2
-    assert capsys.readouterr().err == "detr-accel: /root/x: Permission denied: this user may not read or enter it\n"
+    said = capsys.readouterr().err
+    assert said == "detr-accel: /root/x: Permission denied: not this user's to read, write or enter\n"

@@ -63,6 +63,8 @@ def test_all_mistakes_are_told_at_once_each_with_its_line(tmp_path):
         ("data: {format: shapes, augment: {mosaic: {probabilty: 1}}}", "did you mean data.augment.mosaic.probability?"),
         ("schedule: {fall: [0.9, 0.5]}", "fall is [first, last], but 0.9 > 0.5"),
         ("optim.lr: 1.0e-4", "optim.lr is written with dots on the command line only; here: optim: {lr: ...}"),
+        ("data: {format: shapes, augment.flip: 0}", "command line only; here: data: {augment: {flip: ...}}"),
+        ("data: {format: shapes, augment: {mosaic: {scale: [0.5, 3]}}}", "mosaic.scale goes up to 3, and caches"),
         ("optim:", "optim: null is refused: it should be a section with keys below it"),
         ("name: 2026-25-11", "a value that looks like a date is none"),
         ("optim: {lr: .nan}", "optim.lr: NaN is refused"),
@@ -250,5 +252,8 @@ def test_a_stored_recipe_can_be_changed_as_on_the_command_line():
     stored = recipe.loads("data: {format: shapes}")
     assert recipe.changed(stored, ["data.eval_size=320"]).data.eval_size == 320
     assert recipe.changed(stored, []) == stored
+    square = recipe.loads("data: {format: shapes, square: true, eval_size: 640, eval_max_size: 640}")
+    with pytest.raises(UserError, match="eval_max_size .640. bounds every side: raise it too"):
+        recipe.changed(square, ["data.eval_size=800"])
     with pytest.raises(UserError, match="the stored recipe|command line"):
         recipe.changed(stored, ["data.eval_sise=320"])

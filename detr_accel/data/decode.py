@@ -75,8 +75,8 @@ def read_rgb(
         scale: a picture of another size than ``size_px`` that has its shape, to a pixel, is taken for the same in
             another size: boxes are where the record says, whatever the number of pixels.
     Returns:
-        uint8 [h, w, 3], of ``size_px`` or of a fraction of it; or, where it was scaled and ``at_least_px`` is given, of
-        the size that the file has, or of a fraction of that.
+        uint8 [h, w, 3], of ``size_px`` or of a fraction of it; or, where it was scaled and ``at_least_px`` is given and
+        another, of the size that the file has, or of a fraction of that.
     Raises:
         UserError: not an image, truncated, or of another size.
     """

@@ -142,12 +142,12 @@ def score(
         num_detections=len(rows),
         num_not_finite=num_not_finite,
         max_detections=max_detections,
-        out_of_reach=_out_of_reach(truth["annotations"], max_detections),
+        out_of_reach=out_of_reach(truth["annotations"], max_detections),
         backend=f"{backend} {metadata.version(backend)}",
     )
 
 
-def _out_of_reach(annotations: list[dict], max_detections: int) -> int:
+def out_of_reach(annotations: list[dict], max_detections: int) -> int:
     """How many boxes no list of so many detections of an image and category can hold."""
     sizes = Counter((a["image_id"], a["category_id"]) for a in annotations if not a["iscrowd"])
     return sum(max(0, size - max_detections) for size in sizes.values())

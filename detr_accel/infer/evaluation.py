@@ -40,7 +40,7 @@ def evaluate_checkpoint(
     """
     detector = load(path, decoder_layers=decoder_layers, device=device, precision=precision)
     for text in overrides:
-        if text.split(".")[0] not in ("data", "evaluate"):
+        if text.partition("=")[0].strip().split(".")[0] not in ("data", "evaluate"):
             raise UserError(f"{text}: an evaluation takes keys of data and evaluate; the rest belongs to the weights")
     detector.recipe = recipe = recipes.changed(detector.recipe, overrides) if overrides else detector.recipe
     source = _source(detector, split, data_folder)
@@ -58,19 +58,24 @@ def evaluate_checkpoint(
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(
-            f"evaluation ran out of memory: set evaluate.batch below {recipe.evaluate.batch}, or data.eval_size smaller"
-        ) from error
+        raise UserError(f"evaluation ran out of memory: {_smaller(recipe.evaluate.batch)}") from error
     lost = [f"left out of the evaluation: {why}" for why in metrics.lost.values()]
     return metrics, [*detector.notes, f"data: {data.describe(source)}", *said, *lost, _precision_note(detector)]
+
+
+def _smaller(batch: int) -> str:
+    fewer = f"evaluate.batch below {batch}, or " if batch > 1 else ""
+    return f"set {fewer}a smaller data.eval_size"
 
 
 def _source(detector: Detector, split: str | None, folder: Path | None) -> data.Source:
     root = detector.recipe.data.root
     if folder is None and root is not None and not Path(root).expanduser().exists():
+        moved = ""
+        if detector.split is not None:
+            moved = "where it has moved give data.root=FOLDER, which keeps the run's own split; for another data set "
         raise UserError(
-            f"there is no folder {root}, where this checkpoint's recipe has its data: where it has moved give "
-            "data.root=FOLDER, which keeps the run's own split; --data FOLDER is for another data set"
+            f"there is no folder {root}, where this checkpoint's recipe has its data: {moved}give --data FOLDER"
         )
     return data.eval_source(detector.recipe, folder, split, detector.split)
 

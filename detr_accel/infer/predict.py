@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from detr_accel import data
 from detr_accel.infer.detector import Detector, load
+from detr_accel.monitor.memory import is_out_of_memory
 from detr_accel.structures import Classes, Detections, UserError, writing
 
 DEFAULT_THRESHOLD = 0.7  # DETR's own demonstration, for checkpoints that were never evaluated here
@@ -46,7 +47,7 @@ def predict(
     _check_out(out, images, source)
     detector = load(path, decoder_layers=decoder_layers, device=device)
     threshold, why = _threshold(threshold, detector)
-    skipped, rows = list(source.skipped), []
+    skipped, rows, undrawn = list(source.skipped), [], []
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     for index, found in enumerate(_found(detector, source, threshold, quiet)):
@@ -65,10 +66,10 @@ def predict(
             except OSError as error:
                 if error.errno is not None:
                     raise
-                skipped.append((name, f"{name}: no picture of it, as a JPEG cannot be so large; its objects are kept"))
+                undrawn.append(name)  # a JPEG has 65,500 pixels a side at most
     with writing(out):
         (out / "detections.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    return _summary(detector, rows, len(source.paths) + len(source.skipped), skipped, threshold, why, out)
+    return _summary(detector, rows, len(source.paths) + len(source.skipped), skipped, undrawn, threshold, why, out)
 
 
 def _found(
@@ -83,8 +84,15 @@ def _found(
         if isinstance(batch, UserError):
             yield batch
         else:
-            (found,) = detector(batch, recipe.model.num_queries)
-            yield _above(found, threshold, detector.classes)
+            try:
+                (found,) = detector(batch, recipe.model.num_queries)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                h, w = batch.canvas_px
+                yield UserError(f"memory ran out over {w}x{h} pixels; --device cpu may have more")
+            else:
+                yield _above(found, threshold, detector.classes)
 
 
 def _summary(
@@ -92,6 +100,7 @@ def _summary(
     rows: list[dict],
     given: int,
     skipped: list[tuple[str, str]],
+    undrawn: list[str],
     threshold: float,
     why: str,
     out: Path,
@@ -102,6 +111,8 @@ def _summary(
         f"{len(rows)} objects in {done} images at score >= {threshold:.3f} ({why})",
         f"wrote {out}/detections.json and a picture of each image",
     ]
+    if undrawn:
+        notes.append(f"no picture of {', '.join(undrawn)}, as a JPEG cannot be so large; their objects are in the list")
     if skipped:
         notes += [f"skipped {len(skipped)} of {given} files:", *(f"    {reason}" for _, reason in skipped)]
     return {

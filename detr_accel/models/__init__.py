@@ -21,6 +21,7 @@ from detr_accel.models.postprocess import detections
 from detr_accel.models.rtdetr import RTDETR, DecoderShape, RTDETRDecoder
 from detr_accel.models.transformer import Transformer
 from detr_accel.recipe import Model, Recipe
+from detr_accel.recipe_model import norms_train
 from detr_accel.structures import Targets, UserError
 
 __all__ = [
@@ -181,7 +182,7 @@ def _build_backbone(recipe: Recipe, load_weights: bool, num_maps: int = 1) -> Ba
     backbone = recipe.model.backbone
     # init_from brings the backbone of a trained detector: as good as pretrained, and nothing else to load here
     trained = backbone.weights != "none" or recipe.model.init_from is not None
-    norm = backbone.norm if backbone.norm != "auto" else "frozen" if trained else "live"
+    norm = "live" if norms_train(recipe.model) else "frozen"
     stages = backbone.frozen_stages if backbone.frozen_stages != "auto" else 2 if trained else 0
     if not trained and norm == "frozen":
         raise UserError(

@@ -91,6 +91,11 @@ def scale_of(points: Sequence[int]) -> torch.Tensor:
     return torch.tensor([1 / n for n in points for _ in range(n)], dtype=torch.float32)
 
 
+def side_of(data: recipes.Data) -> int:
+    """Of the squares that a detector sees, in pixels; the published one where it sees rectangles."""
+    return min(data.eval_size, data.eval_max_size) if data.square else PUBLISHED_SIDE
+
+
 def infer(
     state: StateDict, name: str, source: str | Path, told: Told, *, backbone: str | None = None
 ) -> recipes.Recipe:

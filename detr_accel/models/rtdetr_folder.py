@@ -87,7 +87,7 @@ def write(loaded: Loaded, folder: Path) -> list[str]:
     save_file({k: v.contiguous() for k, v in state.items()}, folder / weights.MODEL, metadata={"format": "pt"})
     (folder / "config.json").write_text(weights.to_json(config), encoding="utf-8")
     preprocessor = loaded.meta.get(_KEPT_PREPROCESSOR) or _preprocessor(loaded)
-    if _side_of(preprocessor) != loaded.recipe.data.eval_size and loaded.recipe.data.square:
+    if (_side_of(preprocessor) or PUBLISHED_SIDE) != rtdetr_architecture.side_of(loaded.recipe.data):
         preprocessor = {**preprocessor, "size": _preprocessor(loaded)["size"]}
     (folder / "preprocessor_config.json").write_text(weights.to_json(preprocessor), encoding="utf-8")
     lines = [f"model_type: {config['model_type']}"]
@@ -288,7 +288,7 @@ def _points_scale(loaded: Loaded) -> dict[str, torch.Tensor]:
 
 
 def _preprocessor(loaded: Loaded) -> dict:
-    side = loaded.recipe.data.eval_size
+    side = rtdetr_architecture.side_of(loaded.recipe.data)
     return {
         "image_processor_type": "RTDetrImageProcessor",
         "format": "coco_detection",

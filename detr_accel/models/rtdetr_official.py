@@ -86,7 +86,7 @@ def content(loaded: Loaded) -> tuple[dict[str, Any], list[str]]:
     if version == 2:
         height, width = loaded.meta.get("anchors_size_px") or (0, 0)
         if height == width:  # of rectangles our recipe knows nothing, and of squares everything
-            height = width = _side(loaded.recipe.data)
+            height = width = rtdetr_architecture.side_of(loaded.recipe.data)
         theirs |= _buffers(model, height, width)
         lines.append(f"anchors: for images of {height} x {width}, which must be eval_spatial_size there")
     lines += _to_be_told(loaded.recipe)
@@ -94,18 +94,13 @@ def content(loaded: Loaded) -> tuple[dict[str, Any], list[str]]:
     found: dict[str, Any] = {"ema": {"module": theirs}} if place == "ema.module" else {"model": theirs}
     found = found if place else theirs
     told = Told(num_points=tuple(model.rtdetr.num_points) if version == 2 else None)
-    same_size = version == 2 or _side(loaded.recipe.data) == PUBLISHED_SIDE
+    same_size = version == 2 or rtdetr_architecture.side_of(loaded.recipe.data) == PUBLISHED_SIDE
     plain = same_size and loaded.recipe.data.square and _inferred(loaded, told) == model
     if loaded.classes != coco_80() or not plain:
         found = found if place else {"model": theirs}
         found[EXTRA] = {"classes": loaded.classes.to_json(), "recipe": recipes.dumps(loaded.recipe)}
         lines.append(f"class table and recipe: kept in the entry {EXTRA}, which the official code does not read")
     return found, lines
-
-
-def _side(data: recipes.Data) -> int:
-    """Of the squares that a detector sees, in pixels."""
-    return min(data.eval_size, data.eval_max_size) if data.square else PUBLISHED_SIDE
 
 
 def _to_be_told(recipe: recipes.Recipe) -> list[str]:

@@ -215,12 +215,17 @@ def _copy_head(
 
 
 def match_rows(ours: Classes, theirs: Classes) -> dict[int, int]:
-    """Our label -> their label of the same name; case, underscores and outer spaces aside."""
+    """Our label -> their label of the same name: as written, or else case, underscores and outer spaces aside."""
     place: dict[str, int] = {}
-    for i, name in enumerate(theirs.names):
-        if name is not None:
-            place.setdefault(plain(name), i)
-    return {i: place[plain(name)] for i, name in enumerate(ours.names) if name is not None and plain(name) in place}
+    for key in (str, plain):
+        for i, name in enumerate(theirs.names):
+            if name is not None:
+                place.setdefault(key(name), i)
+    found = {}
+    for i, name in enumerate(ours.names):
+        if name is not None and (there := place.get(name, place.get(plain(name)))) is not None:
+            found[i] = there
+    return found
 
 
 def plain(name: str) -> str:

@@ -101,6 +101,7 @@ def about(recipe: Recipe, num_images: int, *, on_gpu: bool = False, cores: int =
         lr=o.lr, clip_norm=o.clip_norm, warmup_steps=recipe.schedule.warmup_steps, batch_size=recipe.batch.size,
         num_queries=m.num_queries, from_scratch=m.init_from is None, on_gpu=on_gpu, num_images=num_images, cores=cores,
         cached=recipe.data.cache != "none", streamed=recipe.data.hub.streaming,
+        detector="DETR" if m.name == "detr" else "RT-DETR",
     )  # fmt: skip
 
 

@@ -145,6 +145,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on a GPU or on the host; libraries say it in several ways."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    text = str(error).lower()
-    told = ("out of memory", "can't allocate memory", "cudnn_status_alloc_failed", "cublas_status_alloc_failed")
-    return isinstance(error, RuntimeError) and any(words in text for words in told)
+    return isinstance(error, RuntimeError) and says_out_of_memory(str(error))
+
+
+def says_out_of_memory(text: str) -> bool:
+    """The same of an error's words, which is all that another process hears of it."""
+    told = (
+        "out of memory", "outofmemory", "memoryerror", "can't allocate memory", "cudnn_status_alloc_failed",
+        "cublas_status_alloc_failed",
+    )  # fmt: skip
+    return any(words in text.lower() for words in told)

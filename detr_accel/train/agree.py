@@ -39,8 +39,8 @@ def everywhere(accelerator: Accelerator, action: Callable[[], T], at_once: bool 
     """Do it on every process, on each node's first one before the others (which then find what it downloaded).
 
     Args:
-        at_once: all at the same time, because they wait for each other in another way than an exchange between
-            processes, which may not last longer than dist.timeout_minutes.
+        at_once: all at the same time, because on one node they wait for each other in another way than an exchange
+            between processes, which may not last longer than dist.timeout_minutes.
     Raises:
         UserError: on every process alike, where it refused or failed on any.
     """

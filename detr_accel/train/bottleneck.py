@@ -81,9 +81,10 @@ def look(recipe: Recipe, seconds: float = 60.0, say: Callable[[str], None] = lam
         say(f"cache: {gib:.2f} GiB (data.cache={recipe.data.cache}) are first built in {where}, {stays}")
     splits = data.with_cache(recipe, splits)
     built = parts.build(recipe, accelerator, splits, resume=False)
-    state = State(micro=recipe.batch.micro if recipe.batch.micro != "auto" else None)
-    if state.micro is None:
-        state.micro, state.checkpointed, _ = memory_fit.fit(built, "auto", recipe.model.activation_checkpointing)
+    state = State(micro=recipe.batch.micro)
+    if "auto" in (recipe.batch.micro, recipe.model.activation_checkpointing):
+        fitted = memory_fit.fit(built, recipe.batch.micro, recipe.model.activation_checkpointing)
+        state.micro, state.checkpointed, _ = fitted
     parts.prepare(built)
     parts.agree_on_room(built)
     spent, windows, images, loader, said = _train(built, state, seconds)

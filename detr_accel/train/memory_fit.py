@@ -130,6 +130,7 @@ def fit(parts: Parts, micro: int | str, checkpointed: Sequence[str] | str) -> tu
         micro = min(gather_object([trial.largest(share)]))
     extra = f" and activation checkpointing on {', '.join(ladder[step])}" if ladder[step] else ""
     need = f"needs {_gib(trial.bytes(micro))} of {_gib(trial.budget)}"
+    memory.start_peak(trial.device)  # what was tried and did not fit is no peak of the training
     return micro, list(ladder[step]), f"memory: {where} {need} with batch.micro {micro}{extra}"
 
 

@@ -6,6 +6,7 @@ the device, nor weights, nor (where the worst that they could bring is assumed) 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -206,7 +207,7 @@ class _Planner:
 
     def _smaller(self, recipe: Recipe, precision: str) -> int | None:
         """The greatest max_size with which one image fits."""
-        sizes = range(32, _longest(recipe), 32)
+        sizes = range(_least_side(recipe), _longest(recipe), 32)
         low, high = -1, len(sizes)  # what fits, what does not
         while high - low > 1:
             middle = (low + high) // 2
@@ -228,7 +229,7 @@ class _Planner:
             yield recipe, "bf16", "precision=bf16"
         if recipe.evaluate.batch > 1 and self._peaks(recipe, 1, precision).moment == "evaluation":
             yield _set(recipe, _EVALUATED, 1), precision, f"{_EVALUATED}=1"
-        size = max(32, _longest(recipe) * 3 // 4 // 32 * 32)
+        size = max(_least_side(recipe), _longest(recipe) * 3 // 4 // 32 * 32)
         if size < _longest(recipe):
             yield _set(recipe, _SIZE, size), precision, f"{_SIZE}={size}"
         stages = _frozen_stages(recipe)
@@ -275,6 +276,15 @@ def _longest(recipe: Recipe) -> int:
     augment = recipe.data.augment
     last = recipe.data.eval_size if augment.scales_stop < 1 else 0  # what the last windows are resized to
     return min(augment.max_size, max(*augment.scales, last)) if recipe.data.square else augment.max_size
+
+
+def _least_side(recipe: Recipe) -> int:
+    """Of an image, in steps of 32 pixels: RT-DETR needs a cell for each query."""
+    if recipe.model.name != "rtdetr":
+        return 32
+    strides = [32 >> i for i in range(len(recipe.model.rtdetr.num_points))]
+    fits = (s for s in itertools.count(32, 32) if sum((s // t) ** 2 for t in strides) >= recipe.model.num_queries)
+    return next(fits)
 
 
 def _on(step: Sequence[str]) -> str:

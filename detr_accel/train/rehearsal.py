@@ -300,10 +300,11 @@ class _Rehearsal:
             if checkpoint.folder_name(half) not in kept:
                 raise Trouble("kill", f"no whole checkpoint of window {half} was left", "look at the disk under --runs")
             row["text"] = f"SIGKILL to all processes after window {reached}; the checkpoint of window {half} is whole"
+        loss = rehearsal_compare.next_loss(run, half)  # two trainings on a GPU part before any kill
         with self._stage("resume") as row:
             self._run_child("resume", "killed", changes, "--resume")
             exact = self.rows["devices"]["device"] == "cpu" or self.recipe.deterministic
-            row["text"], row["warnings"] = rehearsal_compare.compare(whole, run, half, exact=exact)
+            row["text"], row["warnings"] = rehearsal_compare.compare(whole, run, half, exact=exact, loss=loss)
 
     def _killed(self, changes: dict[str, Any], run: Path, half: int) -> int:
         """Start the run and kill it after its checkpoint; returns the window it had reached."""

@@ -17,11 +17,12 @@ NEAR = 0.02  # on a GPU without deterministic kernels: by how much the first los
 _REMEDY = "a resume would not be the same run: please report it with the folder of the rehearsal"
 
 
-def compare(whole: Path, resumed: Path, window: int, *, exact: bool) -> tuple[str, list[str]]:
+def compare(whole: Path, resumed: Path, window: int, *, exact: bool, loss: float) -> tuple[str, list[str]]:
     """
     Args:
         whole, resumed: run folders.
         window: of the checkpoint that it was resumed from.
+        loss: of the window after it, as the killed run itself had it.
         exact: whether the two must be equal bit for bit: on a CPU, or with deterministic kernels.
     Returns:
         what was seen, and warnings.
@@ -41,11 +42,12 @@ def compare(whole: Path, resumed: Path, window: int, *, exact: bool) -> tuple[st
     if exact:
         text = f"metrics.jsonl differs from that of the run that was not killed: {_row(whole, resumed)}"
         raise Trouble("resume", text, _REMEDY)
-    apart = _next_loss_apart(whole, resumed, window)
+    again = next_loss(resumed, window)
+    apart = abs(loss - again) / max(abs(loss), 1e-9)
     if apart > NEAR:
         raise Trouble(
-            "resume", f"the first loss after the resume (window {window + 1}) differs by {apart:.1%} from the run that "
-            "was not killed", _REMEDY,
+            "resume", f"the first loss after the resume (window {window + 1}) differs by {apart:.1%} from what it was "
+            "before the kill", _REMEDY,
         )  # fmt: skip
     return (
         f"not bit for bit (kernels of this device are not deterministic): the first loss after the resume differs by "
@@ -78,13 +80,10 @@ def _row(whole: Path, resumed: Path) -> str:
     return f"window {row['window']}, {key}: {row.get(key)} and {twin.get(key)}"
 
 
-def _next_loss_apart(whole: Path, resumed: Path, window: int) -> float:
-    """Relative difference of the losses of the first window after the checkpoint."""
-    one, other = (
-        next(r["train/loss"] for r in jsonl.read(run / "metrics.jsonl") if r["window"] > window and "train/loss" in r)
-        for run in (whole, resumed)
-    )
-    return abs(one - other) / max(abs(one), 1e-9)
+def next_loss(run: Path, window: int) -> float:
+    """Of the first window after a checkpoint."""
+    rows = jsonl.read(run / "metrics.jsonl")
+    return next(r["train/loss"] for r in rows if r["window"] > window and "train/loss" in r)
 
 
 _BLOCK, _HEADER = 32768, 7  # LevelDB's log format; the file's own header of 7 bytes counts in the first block

@@ -8,7 +8,7 @@ import time
 import numpy as np
 from accelerate import Accelerator
 
-from detr_accel import data
+from detr_accel import data, evaluate
 from detr_accel.data import look
 from detr_accel.recipe import Recipe
 from detr_accel.structures import UserError
@@ -62,14 +62,15 @@ def _stop_at(findings: list[look.Finding]) -> None:
 
 
 def _queries(recipe: Recipe, train: data.Source, val: data.Source) -> list[look.Finding]:
-    most, seen = train.most_boxes(), val.most_boxes()
+    most = train.most_boxes()
     queries, reported = recipe.model.num_queries, recipe.evaluate.max_detections
     findings = []
     if most > queries:
         text = f"an image has {most} boxes and model.num_queries is {queries}: some cannot be found"
         findings.append(look.Finding(text, "raise model.num_queries where the weights allow it"))
-    if seen > reported:
-        text = f"a validation image has {seen} boxes and evaluate.max_detections is {reported}: AP misses the rest"
+    lost = evaluate.out_of_reach(val.ground_truth()["annotations"], reported)
+    if lost:
+        text = f"{lost} validation boxes are beyond evaluate.max_detections ({reported}) of a class in their image"
         findings.append(look.Finding(text, "raise evaluate.max_detections (COCO's own figures are at 100)"))
     return findings
 

@@ -71,7 +71,10 @@ def overfit(built: Parts, state: State, seconds: float) -> dict[str, Any]:
     begun, found = time.perf_counter(), 0.0
     while True:
         over = time.perf_counter() - begun > seconds and run.steps >= PROBED
+        before = run.steps
         stop = run.step(stop=over and accelerator.is_main_process)
+        if run.steps == before and not stop:  # fp16 looks for its scale
+            continue
         if run.steps == PROBED:
             run.check_moved()
         if run.steps % CHECK_EVERY == 0 or stop:
@@ -142,6 +145,7 @@ class _Run:
     def step(self, stop: bool) -> bool:
         """One window; returns whether the time is over."""
         built = self.built
+        built.optimizer.zero_grad(set_to_none=True)
         result = built.runner.run(self.cuts, all_share=self.all_share, requests=Requests(stop=stop))
         if not result.trained:
             raise UserError(result.failure or "out of memory: lower batch.micro, or set it to auto")
@@ -179,7 +183,7 @@ class _Run:
         rates = {g["name"]: g["lr"] for g in self.built.optimizer.param_groups}
         still = [name for name, rate in rates.items() if rate == 0]
         if still:
-            remedy = "set it: DETR has optim.lr 1e-4 and optim.lr_backbone 1e-5"
+            remedy = "set it: the papers have optim.lr 1e-4, and optim.lr_backbone 1e-5 (RT-DETR-R101: 1e-6)"
             raise Trouble("overfit", f"the learning rate of {' and '.join(still)} is 0, so nothing is learned", remedy)
         group_of = {n: group for group, rows in self.built.groups.items() for n, _ in rows}
         kind = self.built.criterion.class_loss.name
@@ -225,6 +229,8 @@ class _Run:
         Raises:
             Trouble: a term of the loss does not fall.
         """
+        if not self.losses:
+            raise Trouble("overfit", "every window overflowed, and no step was taken", "set precision=bf16 or no")
         falls = {}
         for name in self.low:
             first = self.losses[0][name]
@@ -248,8 +254,8 @@ class _Run:
         row["warnings"] = [
             f"{self.steps} steps on eight images say little: give --rehearse-minutes more"
             if self.steps < ENOUGH_STEPS
-            else "the boxes were not all found in the time, but every part learns and every loss term falls; DETR from "
-            "scratch is slow, so give --rehearse-minutes more to see them found"
+            else "the boxes were not all found in the time, but every part learns and what was looked at falls; a "
+            "detector from scratch is slow, so give --rehearse-minutes more to see them found"
         ]
         return row
 

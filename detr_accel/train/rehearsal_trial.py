@@ -195,8 +195,9 @@ def _memory(built: Parts, state: State) -> str:
     state.micro = min(state.micro, share)
     parts.batch_arithmetic(recipe.batch.size, state.micro, accelerator.num_processes, len(built.splits.train))
     parts.prepare(built)
-    worst = data.worst_window(built.recipe, built.splits.train)
-    window = [memory_fit.worst_batch(*worst, state.micro) for _ in range(min(2, -(-share // state.micro)))]
+    canvas, most = data.worst_window(built.recipe, built.splits.train)
+    most = built.criterion.noise.most_demanding(most) if built.criterion.noise else most
+    window = [memory_fit.worst_batch(canvas, most, state.micro) for _ in range(min(2, -(-share // state.micro)))]
     before = None if accelerator.scaler is None else accelerator.scaler.state_dict()
     memory.start_peak(accelerator.device)
     result = built.runner.run(window)
@@ -244,7 +245,7 @@ def _forget_step(built: Parts, scaler: dict | None) -> None:
 
 def _windows(built: Parts, state: State, seconds: float) -> dict[str, Any]:
     """Real windows through the real loader. (The rest of the run is trained from the start again by a child.)"""
-    recipe, accelerator = built.recipe, built.accelerator
+    accelerator = built.accelerator
     state = copy.deepcopy(state)
     commit = Commit(built, RunFolder(Path()), Silent(), Captures(built, Path()))
     parts.agree_on_room(built)
@@ -259,8 +260,10 @@ def _windows(built: Parts, state: State, seconds: float) -> dict[str, Any]:
             spent = LoaderTime.of(micro_batches)
             micro_batches, _ = data.without_lost(micro_batches)
             requests = Requests(stop=over and accelerator.is_main_process)
-            all_share = recipe.batch.size >= accelerator.num_processes and len(micro_batches) > 0
-            result = built.runner.run(micro_batches, all_share=all_share, requests=requests)
+            planned = parts.window_size(built, state.window)
+            all_share = data.all_share(built.splits.train, planned, accelerator.num_processes)
+            built.optimizer.zero_grad(set_to_none=True)
+            result = built.runner.run(micro_batches, all_share=all_share, planned=planned, requests=requests)
             if not result.trained:
                 raise UserError(result.failure or "out of memory: lower batch.micro, or set it to auto")
             rehearsal_overfit.refuse_nonfinite(built, result, f"windows, window {state.window + 1}")

@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
 from detr_accel import data, evaluate, models
+from detr_accel.monitor.memory import says_out_of_memory
 from detr_accel.structures import Batch, Detections, UserError
 from detr_accel.train import lost_images, set_loss
 from detr_accel.train.checkpoint import State
@@ -160,8 +161,7 @@ class Validation:
         except Exception as error:  # on every process: evaluation refuses together
             if any(gather_object([stop.requested])):
                 return None
-            told = f"{type(error).__name__} {error}".lower().replace(" ", "")
-            if "outofmemory" in told:
+            if says_out_of_memory(f"{type(error).__name__}: {error}"):
                 raise UserError(
                     f"evaluation ran out of memory: lower evaluate.batch (it is {recipe.evaluate.batch}) or "
                     "data.eval_size, then go on with --resume"

@@ -4,9 +4,11 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from detr_accel import cli
+from detr_accel.infer.detector import Detector
 from detr_accel.infer.predict import DEFAULT_THRESHOLD, _above, draw
 from detr_accel.structures import Classes, Detections
 
@@ -175,9 +177,9 @@ def test_a_long_name_and_a_picture_too_large_for_a_jpeg_cost_nothing(make_run, t
     Image.new("RGB", (40, 40)).save(photos / ("x" * 250 + ".png"))
     Image.new("RGB", (66_000, 8)).save(photos / "long.png")
     command = ["predict", str(tmp_path / "run"), str(photos), "--out", str(tmp_path / "found"), "--threshold", "0"]
-    assert cli.main([*command, "--device", "cpu"]) == 1
+    assert cli.main([*command, "--device", "cpu"]) == 0
     said = capsys.readouterr().out
-    assert "no picture of it, as a JPEG cannot be so large; its objects are kept" in said
+    assert "long.png, as a JPEG cannot be so large; their objects are in the list" in said and "in 4 images" in said
     rows = json.loads((tmp_path / "found" / "detections.json").read_text())
     assert len({row["file_name"] for row in rows}) == 4
     assert len(list((tmp_path / "found").glob("*.jpg"))) == 3
@@ -187,3 +189,19 @@ def test_labels_that_no_category_uses_are_not_found():
     classes = Classes((None, "cat"), (None, 7))
     found = Detections(1, np.float32([0.9, 0.8, 0.1]), np.int64([0, 1, 1]), np.zeros((3, 4), np.float32))
     assert _above(found, 0.5, classes).labels.tolist() == [1]
+
+
+def test_an_image_too_large_for_the_memory_is_skipped_and_named(make_run, tmp_path, photos, capsys, monkeypatch):
+    make_run()
+    plain, seen = Detector.__call__, []
+
+    def full(self, batch, most):
+        seen.append(1)
+        if len(seen) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(self, batch, most)
+
+    monkeypatch.setattr(Detector, "__call__", full)
+    command = ["predict", str(tmp_path / "run"), str(photos), "--out", str(tmp_path / "found"), "--device", "cpu"]
+    assert cli.main(command) == 1
+    assert "memory ran out over" in capsys.readouterr().out and len(list((tmp_path / "found").glob("*.jpg"))) == 1

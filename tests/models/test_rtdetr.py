@@ -294,7 +294,7 @@ def test_autocast_leaves_the_positions_of_queries_in_full_precision(make_rtdetr,
 
 @pytest.mark.parametrize("learned", [False, True])
 def test_a_panorama_with_fewer_cells_than_queries_is_answered(make_rtdetr, learned):
-    """Rectangles: one image of 1 to 40 must not end an evaluation. Training refuses, where its window is planned."""
+    """Rectangles: one image of 1 to 40 must not end an evaluation. Training refuses it."""
     model = make_rtdetr(dtype=torch.float32, num_queries=60, parts={"learned_queries": learned}).eval()
     images, mask = torch.randn(1, 3, 32, 64), torch.zeros(1, 0, 0, dtype=torch.bool)
     with torch.no_grad():

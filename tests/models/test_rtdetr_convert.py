@@ -396,6 +396,20 @@ def test_what_the_recipe_changed_goes_into_the_config_that_came(hub_folder, tmp_
     assert (other["model_type"], other["decoder_method"], other["num_queries"]) == ("rt_detr_v2", "discrete", 500)
 
 
+@pytest.mark.parametrize("size", [{"height": 480, "width": 640}, {"shortest_edge": 480}, {"height": 512, "width": 512}])
+def test_sizes_that_came_go_back_and_changed_ones_are_written(hub_folder, tmp_path, size):
+    path = hub_folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"size": size}))
+    read = convert.read(hub_folder)
+    convert.write(read, tmp_path / "same", to="transformers")
+    assert json.loads((tmp_path / "same" / "preprocessor_config.json").read_text())["size"] == size
+    data = read.recipe.data.model_copy(update={"eval_size": 320})
+    read.recipe = read.recipe.model_copy(update={"data": data})
+    convert.write(read, tmp_path / "other", to="transformers")
+    written = json.loads((tmp_path / "other" / "preprocessor_config.json").read_text())
+    assert written["size"] == {"height": 320, "width": 320}
+
+
 def test_images_normalised_otherwise_than_known_are_refused(hub_folder):
     folder = hub_folder
     path = folder / "preprocessor_config.json"

@@ -9,6 +9,7 @@ from detr_accel import models
 from detr_accel import recipe as recipes
 from detr_accel.models import architecture, convert, weights
 from detr_accel.models.class_rows import class_entries
+from detr_accel.models.warm_start import match_rows
 from detr_accel.structures import Classes, UserError
 
 OLD = Classes(("cat", "Traffic Light", None, "dog"), (1, 2, None, 5))
@@ -206,3 +207,9 @@ def test_layers_that_answer_without_having_learned_are_told_with_the_key(tmp_pat
     convert.write(loaded(4, OLD, seed=1, num_decoder_layers=1), tmp_path / "old")
     lines = convert.init_from(fresh_and_model()[1], NEW, tmp_path / "old")
     assert said(lines, "the last 1 of 2 layers start fresh", "model.num_decoder_layers=1 takes the source's alone")
+
+
+def test_rows_of_names_that_differ_in_case_only_are_told_apart():
+    names = lambda *n: Classes(n, tuple(range(len(n))))  # noqa: E731
+    assert match_rows(names("car", "Car"), names("Car", "car")) == {0: 1, 1: 0}
+    assert match_rows(names("CAR", "traffic_light"), names("car", "Traffic Light")) == {0: 0, 1: 1}

@@ -130,8 +130,12 @@ def test_a_rehearsal_says_what_queries_and_detections_cannot_hold():
         def most_boxes(self) -> int:
             return MANY
 
+        def ground_truth(self) -> dict:
+            rows = [{"image_id": 1, "category_id": 1 + (i >= 350), "iscrowd": 0} for i in range(MANY)]
+            return {"annotations": rows}
+
     recipe, *_ = build(300)
     training, validation = (f.text for f in rehearsal_data._queries(recipe, Crowd(), Crowd()))
     assert "400 boxes and model.num_queries is 300" in training
-    assert "400 boxes and evaluate.max_detections is 300" in validation
+    assert "50 validation boxes are beyond evaluate.max_detections (300) of a class in their image" in validation
     assert rehearsal_data._queries(build(500)[0], Crowd(), Crowd()) == []

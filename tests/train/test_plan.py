@@ -114,6 +114,15 @@ def test_the_size_lever_of_squares_makes_them_smaller():
     assert lever.setting == "data.augment.max_size=96" and lever.saves > 0  # three quarters of 160, in steps of 32
 
 
+def test_the_size_lever_keeps_a_cell_for_each_query():
+    recipe = small(*RTDETR, "data.square=true", "data.augment.max_size=1333", "model.num_queries=190")
+    plenty = plan.plan(recipe, 64 * 2**30, device="cpu")
+    (lever,) = [row for row in plenty.levers if row.setting.startswith("data.augment.max_size")]
+    assert lever.setting == "data.augment.max_size=128", "96 pixels have 189 cells"
+    tight = plan.plan(recipe, int(1.001 * 2**30), device="cpu")
+    assert not tight.fits and "would do" in tight.remedy
+
+
 def test_rtdetr_is_planned_for_a_gpu_too():
     recipe = small(*RTDETR, "device=auto")
     cpu, gpu = peaks(recipe, 4), peaks(recipe, 4, gpu=True)
