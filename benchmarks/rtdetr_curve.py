@@ -180,7 +180,7 @@ def plot(args: argparse.Namespace) -> None:
     colours = {"detr_accel": "tab:blue"}
     for path in args.curves:
         curve = json.loads(path.read_text())
-        x, y = ([row[k] for row in curve["rows"]] for k in ("minutes", "AP"))
+        x, y = ([0.0, *(row[k] for row in curve["rows"])] for k in ("minutes", "AP"))
         axes.plot(x, y, marker=".", color=colours.get(curve["what"], "tab:gray"), label=curve["what"])
     axes.set(xlabel="minutes of training", ylabel="AP on the validation split", ylim=(0, None), xlim=(0, None))
     handles, labels = axes.get_legend_handles_labels()

@@ -251,7 +251,7 @@ def main() -> None:
     rows = summarise(seconds, found)
     print(table(rows))
     if args.out:
-        content = {"command": " ".join(sys.argv), **hardware(), "variants": rows, "seconds": seconds}
+        content = {"command": " ".join(sys.argv), **hardware(), "threads": 2, "variants": rows, "seconds": seconds}
         args.out.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -71,11 +71,10 @@ def _smaller(batch: int) -> str:
 def _source(detector: Detector, split: str | None, folder: Path | None) -> data.Source:
     root = detector.recipe.data.root
     if folder is None and root is not None and not Path(root).expanduser().exists():
-        moved = ""
-        if detector.split is not None:
-            moved = "where it has moved give data.root=FOLDER, which keeps the run's own split; for another data set "
+        keeps = ", which keeps the run's own split" if detector.split is not None else ""
         raise UserError(
-            f"there is no folder {root}, where this checkpoint's recipe has its data: {moved}give --data FOLDER"
+            f"there is no folder {root}, where this checkpoint's recipe has its data: where it has moved give "
+            f"data.root=FOLDER{keeps}; for another data set give --data FOLDER"
         )
     return data.eval_source(detector.recipe, folder, split, detector.split)
 

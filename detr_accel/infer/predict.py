@@ -90,7 +90,8 @@ def _found(
                 if not is_out_of_memory(error):
                     raise
                 h, w = batch.canvas_px
-                yield UserError(f"memory ran out over {w}x{h} pixels; --device cpu may have more")
+                more = "; --device cpu may have more" if detector.device.type == "cuda" else ""
+                yield UserError(f"memory ran out over {w}x{h} pixels{more}")
             else:
                 yield _above(found, threshold, detector.classes)
 
@@ -109,7 +110,7 @@ def _summary(
     notes = [
         *detector.notes,
         f"{len(rows)} objects in {done} images at score >= {threshold:.3f} ({why})",
-        f"wrote {out}/detections.json and a picture of each image",
+        f"wrote {out}/detections.json and " + ("pictures" if undrawn else "a picture of each image"),
     ]
     if undrawn:
         notes.append(f"no picture of {', '.join(undrawn)}, as a JPEG cannot be so large; their objects are in the list")
@@ -117,7 +118,8 @@ def _summary(
         notes += [f"skipped {len(skipped)} of {given} files:", *(f"    {reason}" for _, reason in skipped)]
     return {
         "images": done, "objects": len(rows), "threshold": threshold, "out": str(out),
-        "skipped": [{"file_name": name, "reason": reason} for name, reason in skipped], "notes": notes,
+        "skipped": [{"file_name": name, "reason": reason} for name, reason in skipped], "undrawn": undrawn,
+        "notes": notes,
     }  # fmt: skip
 
 

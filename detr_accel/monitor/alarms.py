@@ -33,7 +33,8 @@ class Memory:
     head_loaded: float = 0.0  # share of the class rows that model.init_from brought
 
     def begin_anew(self) -> None:
-        """Other weights (earlier ones again) or other pictures: losses so far are no measure of what comes."""
+        """Other weights (earlier ones again) or other pictures: losses so far, but for the first, are no measure of what
+        comes."""
         for name in self.recent.keys() - {"start"}:
             del self.recent[name]
         self.blocks.clear()
@@ -106,7 +107,8 @@ def _careful(call: Callable, rule: Callable, title: str) -> Alarm | None:
 
 
 def judge_rows(rows: Iterable[dict[str, Any]], about: About, head_loaded: float = 0.0) -> list[tuple[int, Alarm]]:
-    """Judge the rows of a ``metrics.jsonl`` again; exact where it was written with log.every 1.
+    """Judge the rows of a ``metrics.jsonl`` again; exact where it was written with log.every 1
+    and nothing began anew on the way.
 
     Returns:
         (window, alarm) of each alarm that would have been raised.

@@ -236,7 +236,6 @@ class _Turn:
                 memory_fit.release(built.accelerator.device)
                 state.health.out_of_memory += 1
                 text = memory_fit.make_room(built.bare, state)
-                monitor.memory.start_peak(built.accelerator.device)  # the failed attempt is no peak of the training
                 self.sinks.alarm("Out of memory", f"window {state.window + 1}: {text}", window=state.window + 1)
             else:
                 return micro_batches, result

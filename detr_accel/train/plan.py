@@ -207,6 +207,8 @@ class _Planner:
 
     def _smaller(self, recipe: Recipe, precision: str) -> int | None:
         """The greatest max_size with which one image fits."""
+        if recipe.model.name == "rtdetr" and not recipe.data.square:
+            return None  # how many cells a rectangle has depends on the images
         sizes = range(_least_side(recipe), _longest(recipe), 32)
         low, high = -1, len(sizes)  # what fits, what does not
         while high - low > 1:

@@ -100,7 +100,7 @@ def test_classes_without_a_common_name_are_refused_in_one_sentence(tmp_path, mak
 
 def test_a_folder_that_has_moved_away_is_named_with_the_way_out(tmp_path, make_run):
     make_run(tmp_path / "gone")
-    with pytest.raises(UserError, match="there is no folder .*gone.*its data: give --data FOLDER"):
+    with pytest.raises(UserError, match="there is no folder .*gone.*give data.root=FOLDER; for another .*--data"):
         evaluated(tmp_path / "run")
 
 

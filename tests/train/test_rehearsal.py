@@ -9,15 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import warm
 from PIL import Image
+from safetensors.torch import save_file
 from shared import load_module
 
 from detr_accel import cli, data
 from detr_accel import recipe as recipes
 from detr_accel.data import look
 from detr_accel.structures import Detections
-from detr_accel.train import rehearsal_overfit, rehearsal_process
+from detr_accel.train import rehearsal_compare, rehearsal_overfit, rehearsal_process
 from detr_accel.train.rehearsal_process import Child, Starter, Trouble
 
 ROOT = Path(__file__).parents[2]
@@ -443,3 +445,22 @@ def test_a_box_is_found_by_class_place_and_score_and_once():
 def test_the_launchers_own_port_is_not_used_twice():
     flags = ["--num_processes", "2", "--main_process_port", "29500", "--main-process-port=1", "--multi_gpu"]
     assert rehearsal_process._without_port(flags) == ["--num_processes", "2", "--multi_gpu"]
+
+
+@pytest.mark.parametrize("after, words", [(2.01, None), (2.2, "differs by 10.0% from what it was before the kill")])
+def test_where_kernels_are_not_deterministic_a_resume_is_compared_with_the_killed_run(tmp_path, after, words):
+    """Two trainings on a GPU part before any kill: the whole run's loss (here 3) says nothing."""
+    for name, loss in (("whole", 3.0), ("resumed", after)):
+        (tmp_path / name / "checkpoints" / "last").mkdir(parents=True)
+        row = {"window": 5, "train/loss": loss}
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+        save_file({"w": torch.tensor([loss])}, tmp_path / name / "checkpoints" / "last" / "raw.safetensors")
+
+    def compare():
+        return rehearsal_compare.compare(tmp_path / "whole", tmp_path / "resumed", 4, exact=False, loss=2.0)
+
+    if words is None:
+        assert "not bit for bit" in compare()[0]
+    else:
+        with pytest.raises(Trouble, match=words):
+            compare()

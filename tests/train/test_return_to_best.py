@@ -1,5 +1,6 @@
 """schedule.return_to_best: the best weights so far take the place of the last ones, also over a resume."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -148,3 +149,12 @@ def test_two_processes_go_back_together(tmp_path):
         took[name] = {v.item() for k, v in moments.items() if k.endswith("/step")}
     assert took == {"r": {4.0}, "never": {8.0}}, "AdamW's count of its steps is the best's and one more"
     assert inject.losses(tmp_path / "r")[:AT] == inject.losses(tmp_path / "never")[:AT]
+
+
+@pytest.mark.law9
+def test_what_alarms_compare_begins_anew_with_other_pictures(tmp_path):
+    other = "{scales: [64], photometric: {probability: 1.0, start: 0.5, stop: 1.0}}"
+    text = injected.TINY.replace("{scales: [64]}", other) + "name: r\n" + SCHEDULE.replace("0.7", "null") + KEEP
+    run = train(recipes.loads(text), runs=tmp_path)
+    state = json.loads((run / "checkpoints" / "last" / "state.json").read_text())
+    assert state["alarms"]["recent"]["window"] == [6, 7, 8, 9], "colours begin with the sixth of nine windows"
