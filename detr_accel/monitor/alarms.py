@@ -33,8 +33,7 @@ class Memory:
     head_loaded: float = 0.0  # share of the class rows that model.init_from brought
 
     def begin_anew(self) -> None:
-        """Other weights (earlier ones again) or other pictures: losses so far, but for the first, are no measure of what
-        comes."""
+        """Other weights (earlier ones again) or other pictures: losses so far, but for the first, are no measure."""
         for name in self.recent.keys() - {"start"}:
             del self.recent[name]
         self.blocks.clear()
