@@ -8,6 +8,7 @@ import pytest
 import torch
 from shared import load_module
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from detr_accel import cli, data, models
 from detr_accel import recipe as recipes
@@ -107,20 +108,24 @@ def test_so_it_is_for_rtdetr(micro, settings):
     assert peaks(recipe, micro).moments["losses"] > 1.02 * without.moments["losses"], "denoising is counted"
 
 
+def size_lever(recipe: recipes.Recipe) -> recipes.Recipe | None:
+    """With the plan's change of the size."""
+    with tqdm(disable=True) as bar:
+        planner = plan._Planner(recipe, None, Layout(1, False, "no"), 64 * GIB, True, bar)
+        return next((r for r, _, setting in planner._levers(recipe, "no") if "max_size" in setting), None)
+
+
 def test_the_size_lever_of_squares_makes_them_smaller():
-    recipe = small(*RTDETR, "data.square=true", "data.augment.max_size=1333")
-    found = plan.plan(recipe, 64 * 2**30, device="cpu")
-    (lever,) = [row for row in found.levers if row.setting.startswith("data.augment.max_size")]
-    assert lever.setting == "data.augment.max_size=96" and lever.saves > 0  # three quarters of 160, in steps of 32
+    recipe = small(*RTDETR, "data.square=true", "data.augment.max_size=1333", "evaluate.batch=1")
+    less = size_lever(recipe)
+    assert less.data.augment.max_size == 96  # three quarters of 160, in steps of 32
+    assert data.demands(less, None).canvas_px == (96, 96) and data.demands(recipe, None).canvas_px == (160, 160)
 
 
 def test_the_size_lever_keeps_a_cell_for_each_query():
-    recipe = small(*RTDETR, "data.square=true", "data.augment.max_size=1333", "model.num_queries=190")
-    plenty = plan.plan(recipe, 64 * 2**30, device="cpu")
-    (lever,) = [row for row in plenty.levers if row.setting.startswith("data.augment.max_size")]
-    assert lever.setting == "data.augment.max_size=128", "96 pixels have 189 cells"
-    tight = plan.plan(recipe, int(1.001 * 2**30), device="cpu")
-    assert not tight.fits and "would do" in tight.remedy
+    more = ["data.square=true", "data.augment.max_size=1333", "evaluate.batch=1"]
+    assert size_lever(small(*RTDETR, *more, "model.num_queries=190")).data.augment.max_size == 128  # 96 px: 189 cells
+    assert size_lever(small(*RTDETR, *more, "model.num_queries=400")) is None, "160 px have 525, 128 px 336"
 
 
 def test_rtdetr_is_planned_for_a_gpu_too():
