@@ -224,4 +224,7 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     program = _become(*_serve(sys.argv[2]))
+    # a fork's pool of threads is made anew by who asks for it first: of two threads at the same time (this one and the
+    # first of a backward) the second would get none, and torch ends the process
+    torch.set_num_threads(1)
     program()
