@@ -49,11 +49,10 @@ from detr_accel.structures import Batch, UserError
 __all__ = [
     "Demands", "ImageFiles", "Loading", "PlannedBatch", "Room", "Source", "Splits", "StreamSource", "Subset",
     "all_share", "build", "cache_place", "cache_room", "changes_of_augmentation", "check", "check_report",
-    "demands", "describe", "eval_batches",
-    "eval_source", "first_recipe_for", "format_of", "in_any_order", "is_hub_file", "is_there", "largest_canvas",
-    "loading", "odd_rows", "preview", "reads_its_own", "share", "still_window", "task_bytes", "total_windows",
-    "train_windows", "who_reads_what", "windows_per_epoch", "with_cache", "without_lost", "worker_death", "workers",
-    "worst_window",
+    "demands", "describe", "eval_batches", "eval_source", "first_recipe_for", "format_of", "in_any_order",
+    "is_hub_file", "is_there", "largest_canvas", "loading", "odd_rows", "preview", "reads_its_own", "share",
+    "still_window", "task_bytes", "total_windows", "train_windows", "who_reads_what",
+    "windows_per_epoch", "with_cache", "without_lost", "worker_death", "workers", "worst_window",
 ]  # fmt: skip
 
 _TASKS_AHEAD = 16  # micro-batches of a stream, encoded

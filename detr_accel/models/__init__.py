@@ -50,6 +50,11 @@ def build(
     return model if is_meta else model.to(device)
 
 
+def num_cells(side_px: int, strides: Sequence[int]) -> int:
+    """Of all feature maps of a square image."""
+    return sum(math.ceil(side_px / stride) ** 2 for stride in strides)
+
+
 def check_cells(recipe: Recipe, model: nn.Module) -> None:
     """RT-DETR's queries are chosen among cells: the smallest square must have as many, or training ends when one is
     drawn.
@@ -61,7 +66,7 @@ def check_cells(recipe: Recipe, model: nn.Module) -> None:
     if recipe.model.name != "rtdetr" or not data.square:
         return
     side = min(*data.augment.scales, data.augment.max_size, data.eval_size, data.eval_max_size)
-    cells = sum(math.ceil(side / stride) ** 2 for stride in model.backbone.strides)
+    cells = num_cells(side, model.backbone.strides)
     if cells < recipe.model.num_queries:
         raise UserError(
             f"model.num_queries is {recipe.model.num_queries}, but squares of {side} pixels have only {cells} cells to "

@@ -203,7 +203,8 @@ class RTDETRDecoder(nn.Module):
                 query_pos = self.query_pos_head(full_precision(boxes)).to(tgt.dtype)
             tgt = recompute.call(self.checkpointing, layer, tgt, query_pos, boxes, memory, levels, may_see)
             with no_autocast(tgt.device):
-                logits, step = score(full_precision(tgt)), place(full_precision(tgt))
+                exact = full_precision(tgt)
+                logits, step = score(exact), place(exact)
                 after = (step + inverse_sigmoid(boxes)).sigmoid()
                 seen = (step + inverse_sigmoid(before)).sigmoid() if self.shape.look_twice and found else after
             found.append((logits, seen))

@@ -76,8 +76,9 @@ def write(loaded: Loaded, folder: Path) -> list[str]:
         UserError: transformers' RT-DETR does not have this detector.
     """
     _check_writable(loaded)
-    kept = _still_true(loaded.meta.get(_KEPT_CONFIG), _config(loaded))
-    config = dict(kept or _config(loaded))
+    now = _config(loaded)
+    kept = _still_true(loaded.meta.get(_KEPT_CONFIG), now)
+    config = dict(kept or now)
     if kept is None or _classes(kept, len(loaded.classes), folder, strict=False) != loaded.classes:
         config |= class_entries(loaded.classes)
     state = keymaps.to_transformers(loaded.state_dict, loaded.meta.get("heads_twice", False))

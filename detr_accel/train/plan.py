@@ -285,7 +285,7 @@ def _least_side(recipe: Recipe) -> int:
     if recipe.model.name != "rtdetr":
         return 32
     strides = [32 >> i for i in range(len(recipe.model.rtdetr.num_points))]
-    fits = (s for s in itertools.count(32, 32) if sum((s // t) ** 2 for t in strides) >= recipe.model.num_queries)
+    fits = (s for s in itertools.count(32, 32) if models.num_cells(s, strides) >= recipe.model.num_queries)
     return next(fits)
 
 
