@@ -58,10 +58,10 @@ class ZoomOut(Scheduled):
 
 class IouCrop(Scheduled):
     """A random crop that holds the centre of a box and overlaps it by a drawn least IoU; boxes stay whose centre it
-    holds (SSD; RT-DETR: 0.8). Where 40 tries find none for any of the least IoUs, the image stays whole."""
+    holds (SSD; RT-DETR: 0.8). Where 40 tries find none for a least IoU, another one is drawn."""
 
-    min_iou: list[Annotated[float, Field(ge=0, lt=1)]] = [0.0, 0.1, 0.3, 0.5, 0.7, 0.9]
-    """Least IoUs to draw from."""
+    min_iou: list[Fraction] = [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0]
+    """Least IoUs to draw from; 1 leaves the image whole."""
     least_side: Annotated[float, Field(gt=0, le=1)] = 0.3
     """Least side of the crop, as a share of the image's; its longer side is at most twice the other."""
 

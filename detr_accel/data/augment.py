@@ -213,10 +213,10 @@ def _crop_around(
     rng: np.random.Generator, frame_px: Size, boxes_xyxy_px: np.ndarray, settings: IouCrop
 ) -> tuple[int, int, int, int] | None:
     """Draw tries, of which one must hold the centre of a box and overlap such a box as much as wanted; where none does,
-    another least IoU is wanted, in a drawn order.
+    another least IoU is wanted, in a drawn order. An IoU of 1 wants the image whole.
 
     Returns:
-        top, left, height, width; None where no try is good.
+        top, left, height, width; None where the image stays whole.
     """
     wanted = rng.permutation(settings.min_iou)
     sides = np.maximum(1, (rng.uniform(settings.least_side, 1, (_TRIES, 2)) * frame_px).astype(np.int64))
@@ -232,6 +232,8 @@ def _crop_around(
     best = np.where(inside, iou, -1.0).max(1)  # [T]
     best[sides.max(1) > MOST_ASPECT * sides.min(1)] = -1.0
     for least in wanted:
+        if least >= 1:
+            return None
         if (best >= least).any():
             chosen = int((best >= least).argmax())
             return (*tops_lefts[chosen].tolist(), *sides[chosen].tolist())

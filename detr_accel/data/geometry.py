@@ -162,7 +162,7 @@ def train_plan(rng: np.random.Generator, size_px: Size, policy: Augmentation, sc
         short = scale or _choice(rng, policy.scales)
         return Plan(size_px, flip, None, None, policy.resized(size_px, short))
     first = resized(size_px, _choice(rng, policy.crop_scales), None)
-    if first[0] * first[1] > _MOST_PX:  # a line of pixels, made hundreds of pixels wide
+    if not _croppable(size_px, first):
         return Plan(size_px, flip, None, None, policy.resized(size_px, scale or _choice(rng, policy.scales)))
     width = _crop_side(rng, first[1], policy.crop_size)
     height = _crop_side(rng, first[0], policy.crop_size)
@@ -170,6 +170,11 @@ def train_plan(rng: np.random.Generator, size_px: Size, policy: Augmentation, sc
     left = int(rng.integers(0, first[1] - width + 1))
     final = policy.resized((height, width), scale or _choice(rng, policy.scales))
     return Plan(size_px, flip, first, (top, left, height, width), final)
+
+
+def _croppable(size_px: Size, first_px: Size) -> bool:
+    """Whether an image may become so large before it is cropped: not a line of pixels, made hundreds of pixels wide."""
+    return first_px[0] * first_px[1] <= max(_MOST_PX, size_px[0] * size_px[1])
 
 
 def window_scale(rng: np.random.Generator, policy: Augmentation) -> int | None:
@@ -183,9 +188,9 @@ def largest_first(size_px: Size, policy: Augmentation) -> Size:
     if policy.crop == 0:
         return bounded
     first = resized(size_px, max(policy.crop_scales), None)
-    if first[0] * first[1] > _MOST_PX:
+    if not _croppable(size_px, first):
         fitting = [resized(size_px, s, None) for s in policy.crop_scales]
-        first = max((f for f in fitting if f[0] * f[1] <= _MOST_PX), default=bounded)
+        first = max((f for f in fitting if _croppable(size_px, f)), default=bounded)
     if policy.square:  # of another shape than what is cropped: each side as long as either wants it
         return max(bounded[0], first[0]), max(bounded[1], first[1])
     return max(bounded, first, key=lambda size: size[0] * size[1])

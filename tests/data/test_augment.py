@@ -306,6 +306,16 @@ def test_draws_change_with_seed_epoch_and_position():
     assert not {row[2] for row in plans(other).values()} & {row[2] for row in first.values()}
 
 
+def test_a_crop_of_iou_1_is_the_whole_image():
+    """RT-DETR's crop has seven choices, one of which leaves the image as it is."""
+    settings = replace(HALF["iou_crop"], probability=1.0, min_iou=(1.0,))
+    assert not any(row[2].kinds for row in plans(tasks(Boxes(40, boxes=2), {"iou_crop": settings})).values())
+    settings = replace(settings, min_iou=(0.0, 1.0))
+    rows = plans(tasks(Boxes(40, boxes=2), {"iou_crop": settings}, end=100)).values()
+    assert np.mean([bool(row[2].kinds) for row in rows]) == pytest.approx(0.5, abs=0.06)
+    assert recipes.Augment().iou_crop.min_iou[-1] == 1.0
+
+
 def test_draws_of_one_do_not_move_those_of_another():
     source = Boxes(40)
     together = plans(tasks(source, everything()))

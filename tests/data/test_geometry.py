@@ -117,3 +117,11 @@ def test_a_line_of_pixels_is_not_blown_up_to_a_wall():
         plan = train_plan(np.random.default_rng(0), size_px, policy)
         assert plan.first_px is None or np.prod(plan.first_px) <= 2**25
         assert max(plan.size_px) <= 1.02 * 1333 and np.prod(largest_first(size_px, policy)) <= 2**25
+
+
+def test_a_picture_that_is_large_by_itself_is_cropped_all_the_same():
+    """Tiles of an aerial picture at its own scale: 48 million pixels, none of them made up."""
+    policy = Augmentation(0.5, (800,), 1333, 1.0, (6000,), (800, 800))
+    plan = train_plan(np.random.default_rng(0), (6000, 8000), policy)
+    assert plan.first_px == (6000, 8000) and plan.crop_px is not None and plan.crop_px[2:] == (800, 800)
+    assert largest_first((6000, 8000), policy) == (6000, 8000)
