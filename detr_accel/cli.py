@@ -236,7 +236,7 @@ def _train(args, overrides) -> int:
     from detr_accel.train.loop import train
 
     resume = "auto" if args.resume == "auto" else args.resume == "yes"
-    recipe = recipes.load(args.recipe, overrides)
+    recipe = recipes.load(args.recipe, overrides, is_new=not resume)
     if args.rehearse or args.rehearsal_job:
         return _rehearse(args, recipe, resume)
     train(recipe, runs=args.runs, resume=resume, branch=args.branch)

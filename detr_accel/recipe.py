@@ -385,12 +385,13 @@ class Recipe(Section):
         return self
 
 
-def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = (), *, is_new: bool = True) -> Recipe:
     """Read and check a recipe.
 
     Args:
         path: the YAML file.
         overrides: ``key=value`` with a dotted key; the value is read as YAML.
+        is_new: False for a run that may go on: what only new runs are refused for is left to ``check_new``.
     Raises:
         UserError: one line for every mistake, with line, key, value, what is allowed, and the nearest known key.
     """
@@ -398,9 +399,18 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     for text in overrides:
         _apply_override(tree, lines, text)
     recipe = _validate(tree, lines, str(path))
-    if why := _unwise(recipe):
-        raise UserError("\n".join(f"{path}: {text}" for text in why))
+    if is_new:
+        check_new(recipe, f"{path}: ")
     return recipe
+
+
+def check_new(recipe: Recipe, source: str = "") -> None:
+    """
+    Raises:
+        UserError: it says what no new run should be begun with, and older ones may have been.
+    """
+    if why := _unwise(recipe):
+        raise UserError("\n".join(f"{source}{text}" for text in why))
 
 
 def _unwise(recipe: Recipe) -> list[str]:

@@ -162,9 +162,20 @@ class Loss(Section):
         return self
 
 
+_KINDS = {"detr": ("ce",), "rtdetr": ("vfl", "mal")}  # ways of judging classes that fit, the detector's own first
+_OF_KIND = {  # what each of them reads alone
+    "ce": ("ce", "eos_coef"), "vfl": ("vfl", "vfl_alpha", "vfl_gamma"), "mal": ("mal", "mal_gamma"),
+}  # fmt: skip
+
+
+def kind_of(model: Model, loss: Loss) -> str:
+    """``loss.kind``, ``auto`` resolved."""
+    return _KINDS[model.name][0] if loss.kind == "auto" else loss.kind
+
+
 def misfit(model: Model, loss: Loss) -> str | None:
     """Why the two sections do not go together; None where they do."""
-    fitting = ("ce",) if model.name == "detr" else ("vfl", "mal")
+    fitting = _KINDS[model.name]
     if loss.kind in ("auto", *fitting):
         return None
     return f"loss.kind is {loss.kind}, which does not fit model.name {model.name}: use {' or '.join(fitting)} (or auto)"
@@ -176,9 +187,24 @@ def norms_train(model: Model) -> bool:
     return model.backbone.norm == "live" or (model.backbone.norm == "auto" and not trained)
 
 
+def _unread(model: Model, loss: Loss) -> list[str]:
+    kind, default = kind_of(model, loss), Loss()
+    return [
+        f"loss.{name} is set, but this recipe's loss.kind is {kind}, which does not read it: leave it out"
+        + f", or set loss.kind={other}" * (other in _KINDS[model.name])
+        for other, names in _OF_KIND.items() if other != kind
+        for name in names if getattr(loss, name) != getattr(default, name)
+    ]  # fmt: skip
+
+
+def norms_see_a_forward(model: Model) -> bool:
+    """Whether some of the detector's norms train, and so see the images of one forward only."""
+    return model.name == "rtdetr" or norms_train(model)
+
+
 def unwise(model: Model, loss: Loss, lr_backbone: float, lr_backbone_norms: float | None) -> list[str]:
     """What a new recipe should not say of its model, and a stored one may have said."""
-    why = []
+    why = _unread(model, loss)
     if model.name == "rtdetr" and not loss.aux:
         why.append(
             "loss.aux is false, but RT-DETR's decoder layers have heads of their own, which nothing else would train"

@@ -74,6 +74,13 @@ def test_all_mistakes_are_told_at_once_each_with_its_line(tmp_path):
         ("model: {name: rtdetr}\nloss: {aux: false}", "loss.aux is false, but RT-DETR's decoder layers have heads"),
         ("loss: {cost_class: 0, cost_bbox: 0, cost_giou: 0}", "nothing would decide the matching"),
         ("loss: {kind: mal}", "loss.kind is mal, which does not fit model.name detr: use ce (or auto)"),
+        ("loss: {mal: 2}", "loss.mal is set, but this recipe's loss.kind is ce, which does not read it: leave it out"),
+        (
+            "model: {name: rtdetr}\nloss: {kind: mal, vfl_gamma: 1.5}",
+            "loss.vfl_gamma is set, but this recipe's loss.kind is mal, which does not read it: leave it out, or set "
+            "loss.kind=vfl",
+        ),
+        ("model: {name: rtdetr}\nloss: {eos_coef: 0.2}", "loss.eos_coef is set, but this recipe's loss.kind is vfl"),
         (
             "model: {name: rtdetr}\nloss: {kind: ce}",
             "loss.kind is ce, which does not fit model.name rtdetr: use vfl or mal (or auto)",
@@ -101,6 +108,14 @@ def test_impossible_values_are_refused_in_words(tmp_path, text, words):
 
 def test_the_same_key_twice_is_refused(tmp_path):
     assert "line 2" in refusal(write(tmp_path, "seed: 1\nseed: 2\n"))
+
+
+def test_what_only_new_runs_are_refused_for_leaves_old_ones_alone(tmp_path):
+    path = write(tmp_path, "data: {format: shapes}\nmodel: {name: rtdetr}\nloss: {aux: false}\n")
+    old = recipe.load(path, is_new=False)
+    assert not old.loss.aux
+    with pytest.raises(UserError, match="loss.aux is false, but RT-DETR's decoder layers"):
+        recipe.check_new(old)
 
 
 @pytest.mark.parametrize("override", ["optim.lr", "=3", "lr 3"])

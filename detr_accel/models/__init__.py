@@ -21,7 +21,7 @@ from detr_accel.models.postprocess import detections
 from detr_accel.models.rtdetr import RTDETR, DecoderShape, RTDETRDecoder
 from detr_accel.models.transformer import Transformer
 from detr_accel.recipe import Model, Recipe
-from detr_accel.recipe_model import norms_train
+from detr_accel.recipe_model import kind_of, norms_train
 from detr_accel.structures import Targets, UserError
 
 __all__ = [
@@ -77,7 +77,7 @@ def check_cells(recipe: Recipe, model: nn.Module) -> None:
 def build_criterion(recipe: Recipe, num_classes: int) -> nn.Module:
     """Matching and losses of a recipe; on the CPU, to be moved to the model's device."""
     loss, model = recipe.loss, recipe.model
-    kind = loss.kind if loss.kind != "auto" else "ce" if model.name == "detr" else "vfl"
+    kind = kind_of(model, loss)
     class_loss = _CLASS_LOSSES[kind](loss)
     assert class_loss.background == _MODELS[model.name].has_background, kind
     class_cost = softmax_cost if class_loss.background else focal_cost

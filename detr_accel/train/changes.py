@@ -40,6 +40,7 @@ RULES = {
     "data.shapes": FORBIDDEN,
     "model": FORBIDDEN,
     "model.dropout": BRANCHING,
+    "model.num_queries": BRANCHING,  # picked out of the image; where they are weights, see ``check``
     "model.rtdetr.num_denoising": BRANCHING,  # 0 and more differ in their weights, which the weights' names tell
     "model.rtdetr.label_noise": BRANCHING,
     "model.rtdetr.box_noise": BRANCHING,
@@ -105,14 +106,16 @@ def check(before: Recipe, after: Recipe, *, branch: bool, run: str) -> list[str]
     """
     notes, refused = [], []
     for key, (old, new) in differences(before, after).items():
+        if key == "schedule.fall" and "flat_cosine" not in (before.schedule.kind, after.schedule.kind):
+            continue  # nothing reads it, and its default was another once
         change = f"{key}: {_show(old)} -> {_show(new)}"
-        kind = rule(key)
+        kind = FORBIDDEN if key == "model.num_queries" and _queries_are_weights(before) else rule(key)
         if kind == FORBIDDEN:
             why = next(
                 (w for k, w in _WHY.items() if key == k or key.startswith(k + ".")), "it would be another training"
             )
             refused.append(
-                f"{change} cannot change on a resume: {why}; put it back, or start anew with model.init_from"
+                f"{change} cannot change on a resume: {why}; put it back, or start anew with model.init_from={run}"
             )
         elif kind == BRANCHING and not branch:
             refused.append(
@@ -123,6 +126,10 @@ def check(before: Recipe, after: Recipe, *, branch: bool, run: str) -> list[str]
     if refused:
         raise UserError("\n".join(refused))
     return notes
+
+
+def _queries_are_weights(recipe: Recipe) -> bool:
+    return recipe.model.name == "detr" or recipe.model.rtdetr.learned_queries
 
 
 def lr_note(step: int, before: Any, after: Any, base_lr: float) -> list[str]:

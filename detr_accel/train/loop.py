@@ -61,6 +61,8 @@ def train(
     main = accelerator.is_main_process
     resume = on_main(accelerator, lambda: _claim(run, resume))
     try:
+        if not resume:
+            recipes.check_new(recipe)
         parts.seed_everything(recipe.seed, recipe.deterministic)
         finished = _train(recipe, accelerator, run, resume, None if resume else branch, max_val_images)
         if main and finished:
