@@ -35,7 +35,8 @@ def match_classes(model_classes: Classes, data_classes: Classes) -> tuple[dict[i
     if not to_category:
         raise UserError(
             f"the model and the data set share no class name: the model knows {_some(dropped)}, the data set has "
-            f"{_some([n for n, _ in wanted])}; give a data set with these names, or train on this one"
+            f"{_some([n for n, _ in wanted])}; give a data set with these names, train on this one, or write the right "
+            "names into the model's classes.json (after detr-accel convert, where it has none)"
         )
     found = set(to_category.values())
     missed = [name for name, category in wanted if category not in found]

@@ -136,13 +136,13 @@ _VARIANTS = {
 
 
 def differing(asked: recipes.Model, told: recipes.Model) -> list[str]:
-    """What to set in a recipe of the same detector to get the model that a source was trained as."""
+    """What to set in a recipe of the same detector to start from a source. Fewer layers than it has may stay so."""
     if asked.name != told.name:
         return []
     found = []
     for key in _SETTINGS[told.name]:
         ours, theirs = (_value(model, key) for model in (asked, told))
-        if ours != theirs:
+        if ours != theirs and not (key in _LAYERS and ours < theirs):
             shown = theirs if isinstance(theirs, str) else json.dumps(theirs, separators=(",", ":"))
             found.append(f"model.{key}={shown}")
     return found
@@ -157,7 +157,8 @@ def _value(model: recipes.Model, key: str) -> object:
 
 
 _BACKBONE = ("backbone.name", "backbone.first_shortcut", "backbone.pixels")
-_BOTH = ("hidden_dim", "num_heads", "num_encoder_layers", "num_decoder_layers", "dim_feedforward")
+_LAYERS = ("num_encoder_layers", "num_decoder_layers")
+_BOTH = ("hidden_dim", "num_heads", *_LAYERS, "dim_feedforward")
 _SETTINGS = {  # keys of ``model`` that say what the weights are
     "detr": (*_BACKBONE, "backbone.dc5", *_BOTH),
     "rtdetr": (

@@ -50,10 +50,13 @@ def assumed(num_labels: int, published: Classes, as_published: str, report: list
     Args:
         as_published: what the report says of the first.
     """
+    other = "(others: convert the file, then write their names into the new classes.json)"
     if num_labels == len(published):
-        report.append(f"class table: COCO's 80 names {as_published}, as in the published models")
+        report.append(f"class table: COCO's 80 names {as_published}, as in the published models {other}")
         return published
-    report.append(f"class table: the file has none; its {num_labels} labels are called category 0, category 1, ...")
+    report.append(
+        f"class table: the file has none; its {num_labels} labels are called category 0, category 1, ... {other}"
+    )
     return Classes(tuple(f"category {i}" for i in range(num_labels)), tuple(range(num_labels)))
 
 

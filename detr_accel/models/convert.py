@@ -108,6 +108,8 @@ def write(loaded: Loaded, path: str | Path, to: str = "ours", cut_head: bool = F
     if to not in FORMATS:
         raise UserError(f"{to!r} is no format: choose one of {', '.join(FORMATS)}")
     path = Path(path)
+    if path.resolve() == Path.cwd():
+        raise UserError(f"{path} is the folder that you are in: give a new one, such as {path / 'detector'}")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} exists already: choose another path or remove it first")
     lines = list(loaded.report)
@@ -289,8 +291,8 @@ def _write_official(loaded: Loaded, path: Path) -> list[str]:
     resnet = architecture.name_resnet(loaded.state_dict)
     if resnet is None or resnet.split(".")[0] != told.backbone.name.split(".")[0]:
         raise UserError(
-            f"the official DETR has torchvision's ResNets only, not {told.backbone.name}: this detector can be kept in "
-            "our format or exported"
+            f"the official DETR has torchvision's ResNets only, not {told.backbone.name}: keep this detector in our "
+            "format"
         )
     content = {"model": to_official(loaded.state_dict)}
     lines = _counter_lines(loaded)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from detr_accel.structures import UserError
+from detr_accel.structures import UserError, first_line
 
 _FILES = ["model.safetensors", "config.json", "preprocessor_config.json", "recipe.yaml", "classes.json", "meta.json"]
 _PATIENCE_SECONDS = 10.0
@@ -33,10 +33,10 @@ def fetch(hub_id: str, out: str | Path | None = None) -> Path:
     """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
-        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
     name, _, revision = hub_id.partition("@")
@@ -48,8 +48,10 @@ def fetch(hub_id: str, out: str | Path | None = None) -> Path:
         raise UserError(_not_here(hub_id, constants.HF_HUB_CACHE)) from None
     except (RepositoryNotFoundError, HFValidationError):
         raise UserError(f"{hub_id} is neither a path here nor a model on the Hub that anyone may read") from None
-    except (HfHubHTTPError, OSError) as error:
-        raise UserError(f"fetching {hub_id} failed ({str(error).splitlines()[0]}): try again later") from None
+    except RevisionNotFoundError:
+        raise UserError(f"{name} on the Hub has no revision {revision}: give a branch or a commit") from None
+    except Exception as error:  # each transport has its own; a download that broke off goes on where it stopped
+        raise UserError(f"fetching {hub_id} failed ({first_line(error)}): try again") from None
     if not (folder / "model.safetensors").is_file():
         if constants.HF_HUB_OFFLINE:
             raise UserError(_not_here(hub_id, constants.HF_HUB_CACHE))

@@ -172,8 +172,7 @@ def _check_writable(loaded: Loaded) -> None:
     found = [what for what, is_so in faults.items() if is_so]
     if found:
         raise UserError(
-            f"transformers' RT-DETR does not have {', '.join(found)}: this detector can be kept in our format or "
-            "exported"
+            f"transformers' RT-DETR does not have {', '.join(found)}: keep this detector in our format"
         )
 
 

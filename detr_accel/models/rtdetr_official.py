@@ -67,7 +67,7 @@ def read(raw: StateDict, extra: Any, path: Path, place: str, num_heads: int | No
     else:
         recipe = rtdetr_architecture.infer(state, path.stem, path, told)
         classes = assumed(num_labels(state) or 0, coco_80(), "in the order of their category ids", report)
-        report += _assumed_lines(recipe.model, points is None and num_heads is None)
+        report += _assumed_lines(recipe.model, version, points is None and num_heads is None)
     weights.check_head(state, classes, path)
     return Loaded(state, recipe, classes, meta, path, report)
 
@@ -89,8 +89,8 @@ def content(loaded: Loaded) -> tuple[dict[str, Any], list[str]]:
             height = width = rtdetr_architecture.side_of(loaded.recipe.data)
         theirs |= _buffers(model, height, width)
         lines.append(f"anchors: for images of {height} x {width}, which must be eval_spatial_size there")
-    lines += _to_be_told(loaded.recipe)
-    place = loaded.meta.get("place", "model")
+    lines += _to_be_told(loaded)
+    place = loaded.meta.get("place", "ema.module")  # the average is what the original's evaluation looks at
     found: dict[str, Any] = {"ema": {"module": theirs}} if place == "ema.module" else {"model": theirs}
     found = found if place else theirs
     told = Told(num_points=tuple(model.rtdetr.num_points) if version == 2 else None)
@@ -103,8 +103,9 @@ def content(loaded: Loaded) -> tuple[dict[str, Any], list[str]]:
     return found, lines
 
 
-def _to_be_told(recipe: recipes.Recipe) -> list[str]:
+def _to_be_told(loaded: Loaded) -> list[str]:
     """What would change the original's answers in silence."""
+    recipe, classes = loaded.recipe, loaded.classes
     model, r, lines = recipe.model, recipe.model.rtdetr, []
     if not recipe.data.square:
         lines.append(
@@ -118,13 +119,19 @@ def _to_be_told(recipe: recipes.Recipe) -> list[str]:
         )
     small = "silu" if r.query_pos_layers == 3 else "relu"  # as DEIM's configs say, and RT-DETR's
     told = {
-        "num_queries": (model.num_queries, PUBLISHED_QUERIES), "nhead": (model.num_heads, PUBLISHED_HEADS),
+        "num_classes": (len(classes), len(coco_80())), "remap_mscoco_category": (classes == coco_80(), True),
+        "num_queries": (model.num_queries, PUBLISHED_QUERIES),
+        "num_top_queries": (model.num_queries, PUBLISHED_QUERIES), "nhead": (model.num_heads, PUBLISHED_HEADS),
         "cross_attn_method": (r.sampling, "bilinear"), "activation": (r.activation, small),
         "mlp_act": (r.mlp_activation, small),
         "num_points": (list(r.num_points), [4] * len(r.num_points)),
     }  # fmt: skip
     other = [f"{key} {ours}" for key, (ours, published) in told.items() if ours != published]
-    return [*lines, f"its config must say: {', '.join(other)}"] if other else lines
+    lines += [f"its config must say: {', '.join(other)}"] if other else []
+    if classes != coco_80() and classes.category_ids != tuple(range(len(classes))):
+        pairs = ", ".join(f"{i} is {id}" for i, id in enumerate(classes.category_ids) if id is not None)
+        lines.append(f"it answers with labels, which its evaluation takes for category ids: {pairs} in your data")
+    return lines
 
 
 def _inferred(loaded: Loaded, told: Told) -> recipes.Model | None:
@@ -140,8 +147,8 @@ def _check_backbone(loaded: Loaded) -> None:
     base = backbone.name.split(".")[0]
     if named is None or named.split(".")[0] != base or base not in NAMES.values():
         raise UserError(
-            f"the original RT-DETR has {', '.join(NAMES.values())} only, not {backbone.name}: this detector can be "
-            "kept in our format or exported"
+            f"the original RT-DETR has {', '.join(NAMES.values())} only, not {backbone.name}: keep this detector "
+            "in our format"
         )
     if base in (NAMES[18], NAMES[34]) and not rtdetr_architecture.has_first_shortcut(loaded.state_dict):
         raise UserError(
@@ -150,7 +157,7 @@ def _check_backbone(loaded: Loaded) -> None:
         )
 
 
-def _assumed_lines(model: recipes.Model, heads_assumed: bool) -> list[str]:
+def _assumed_lines(model: recipes.Model, version: int, heads_assumed: bool) -> list[str]:
     r = model.rtdetr
     lines = [
         f"architecture: {model.backbone.name}, encoder {r.encoder_dim} wide, {model.num_encoder_layers} + "
@@ -159,6 +166,11 @@ def _assumed_lines(model: recipes.Model, heads_assumed: bool) -> list[str]:
     ]
     if not r.learned_queries:
         lines.append(f"num_queries: the weights do not show it; taken as {PUBLISHED_QUERIES}")
+    if version == 2:
+        lines.append(
+            f"sampling: the weights do not show it; taken as {r.sampling} (published files with dsp in their name have "
+            "discrete: convert them, then set model.rtdetr.sampling in the new recipe.yaml)"
+        )
     if heads_assumed:
         points = ", ".join(map(str, r.num_points))
         lines.append(f"num_heads: the weights do not show it; taken as {model.num_heads}, with points {points}")

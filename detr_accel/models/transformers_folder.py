@@ -68,7 +68,7 @@ def write(loaded: Loaded, folder: Path) -> None:
         raise UserError(
             f"transformers' DETR would compute something else with {loaded.recipe.model.backbone.name} (it replaces "
             "normalisations together with their activation), so only ResNets are written for it; keep this detector in "
-            "our format or export it"
+            "our format"
         )
     config = {**(loaded.meta.get(_KEPT_CONFIG) or _config(loaded)), **rtdetr_folder.class_entries(loaded.classes)}
     state = to_transformers(loaded.state_dict, own_resnet=_own_resnet(config))

@@ -243,7 +243,16 @@ def _check_equal_tables(ours: Classes, theirs: Classes) -> None:
     else:
         i = next(i for i, (a, b) in enumerate(zip(mine, yours, strict=True)) if a != b)
         what = f"label {i} is {ours.names[i]!r} in the data set and {theirs.names[i]!r} in the source"
-    raise UserError(f"model.init_head is keep, which needs equal class tables, but {what}: use init_head: match")
+    raise UserError(f"model.init_head is keep, which needs equal class tables, but {what}: {_remedy(theirs)}")
+
+
+def _remedy(theirs: Classes) -> str:
+    if all(name == f"category {i}" for i, name in enumerate(theirs.names)):  # ``coco_classes.assumed``
+        return (
+            "the source has no names, so convert it (detr-accel convert), write the names into the new classes.json, "
+            "and start from that"
+        )
+    return "use init_head: match"
 
 
 def _check_rest(own: StateDict, source: StateDict, own_rest: set, source_rest: set, loaded: Loaded) -> None:

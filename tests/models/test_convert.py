@@ -9,6 +9,7 @@ import os
 import resource
 import subprocess
 import sys
+import unittest.mock
 from dataclasses import replace
 from pathlib import Path
 
@@ -503,6 +504,28 @@ def test_a_path_that_is_begun_here_is_no_hub_id(tmp_path, monkeypatch):
 def test_reading_a_hub_id_says_how_to_fetch_it():
     with pytest.raises(UserError, match="no such run, .*: someone/detr; .*detr-accel fetch someone/detr --out FOLDER"):
         convert.read("someone/detr")
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (ConnectionError("peer closed connection\nin the middle"), "failed .peer closed connection.: try again"),
+        (type("ReadTimeout", (Exception,), {})(), "failed .ReadTimeout.: try again"),
+        (None, "someone/detr on the Hub has no revision v9: give a branch"),
+    ],
+)
+def test_a_download_that_breaks_off_is_a_sentence(monkeypatch, error, words):
+    """Each transport has errors of its own, which are no OSError."""
+    import huggingface_hub
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    def broken(*_, **__):
+        raise error or RevisionNotFoundError("no", response=unittest.mock.MagicMock())
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", broken)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=words):
+        convert.fetch("someone/detr@v9")
 
 
 @pytest.mark.network

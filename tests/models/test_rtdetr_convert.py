@@ -202,7 +202,36 @@ def test_what_leaves_no_shape_is_told_for_the_originals_config(tmp_path):
     odd = {"activation": "silu", "mlp_activation": "relu", "num_points": [2, 6, 4]}
     lines = convert.write(loaded(rtdetr=odd), tmp_path / "own.pth", to="official")
     assert said(lines, "its config must say", "activation silu", "num_points [2, 6, 4]") and not said(lines, "mlp_act")
-    assert not said(convert.write(loaded(rtdetr=DEIM), tmp_path / "deim.pth", to="official"), "its config must say")
+    lines = convert.write(loaded(80, coco_80(), rtdetr=DEIM), tmp_path / "deim.pth", to="official")
+    assert not said(lines, "its config must say")
+
+
+def test_classes_of_ones_own_are_told_for_the_originals_config(tmp_path):
+    cats = loaded(2, Classes(("cat", "dog"), (7, 3)), num_queries=500)
+    lines = convert.write(cats, tmp_path / "own.pth", to="official")
+    config = ("num_classes 2", "remap_mscoco_category False", "num_queries 500", "num_top_queries 500")
+    assert said(lines, "its config must say", *config) and said(lines, "labels", "0 is 7, 1 is 3 in your data")
+    from_0 = convert.write(loaded(2, Classes(("cat", "dog"), (0, 1))), tmp_path / "from_0.pth", to="official")
+    assert said(from_0, "num_classes 2") and not said(from_0, "in your data")
+
+
+def test_a_detector_of_ours_is_written_where_the_originals_evaluation_looks(tmp_path):
+    """It evaluates the average, and says nothing where a file has none."""
+    convert.write(loaded(), tmp_path / "own.pth", to="official")
+    assert set(torch.load(tmp_path / "own.pth", weights_only=True)) >= {"ema"}
+
+
+def test_how_a_file_of_the_second_version_was_sampled_is_said_to_be_assumed(tmp_path):
+    second = save({"model": official_state(2)}, tmp_path / "second.pth")
+    assert said(convert.read(second).report, "sampling", "taken as bilinear", "dsp")
+    first = save({"model": official_state(1)}, tmp_path / "first.pth")
+    assert not said(convert.read(first).report, "sampling")
+
+
+def test_the_folder_where_one_stands_is_no_place_to_write_a_detector_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^\. is the folder that you are in: give a new one, such as detector$"):
+        convert.write(loaded(), ".", to="transformers")
 
 
 def test_points_and_heads_are_told_apart_where_the_file_has_their_scale(tmp_path):
@@ -226,7 +255,7 @@ def test_what_an_official_file_cannot_say_survives_in_an_entry_of_ours(tmp_path)
     assert said(lines, "entry detr_accel") and said(lines, "anchors", "640 x 640")
     assert said(lines, "its config must say", "num_queries 20", "cross_attn_method discrete")
     assert not said(lines, "normalised"), "the original's pixels are this detector's"
-    theirs = torch.load(tmp_path / "own.pth", weights_only=True)["model"]
+    theirs = torch.load(tmp_path / "own.pth", weights_only=True)["ema"]["module"]
     for name, wanted in zip(("anchors", "valid_mask"), anchors(640), strict=True):
         assert torch.equal(theirs[f"decoder.{name}"], wanted)
 

@@ -1,6 +1,8 @@
 """Starting an RT-DETR from a trained one: rows by name in every head; what has no partner is told, other meanings are
 refused."""
 
+import json
+
 import pytest
 import torch
 from rtdetr_files import DEIM, loaded, randomise, small_model, small_recipe
@@ -201,6 +203,22 @@ def test_a_refusal_names_everything_that_differs_and_that_is_all_it_takes(tmp_pa
     assert architecture.differing(changed.model, old.recipe.model) == []
     lines = convert.init_from(models.build(changed, 3, load_weights=False), NEW, tmp_path / "old", asked=changed.model)
     assert not said(lines, "layers start fresh")
+
+
+def test_fewer_layers_than_the_source_are_a_choice_and_not_what_is_wrong(tmp_path):
+    old = loaded(4, OLD, seed=1, rtdetr=DEIM)
+    asked = small_recipe(num_decoder_layers=1).model
+    settings = architecture.differing(asked, old.recipe.model)
+    assert "model.rtdetr.activation=silu" in settings and not [s for s in settings if "layers" in s and "num_" in s]
+
+
+def test_a_source_without_names_says_how_to_give_it_names(tmp_path):
+    nameless = Classes(("category 0", "category 1", "category 2"), (0, 1, 2))
+    convert.write(loaded(3, nameless), tmp_path / "old")
+    with pytest.raises(UserError, match="the source has no names, so convert it .* names into the new classes.json"):
+        convert.init_from(fresh_and_model()[1], NEW, tmp_path / "old", "keep")
+    (tmp_path / "old" / "classes.json").write_text(json.dumps(NEW.to_json()))  # what the sentence says
+    assert convert.init_from(fresh_and_model()[1], NEW, tmp_path / "old", "keep")
 
 
 def test_layers_that_answer_without_having_learned_are_told_with_the_key(tmp_path):
