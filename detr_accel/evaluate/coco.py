@@ -40,7 +40,8 @@ class Metrics:
     max_detections: int
     backend: str  # name and version
     kept: dict[int, Detections] = field(default_factory=dict)  # image id -> detections that the caller asked to keep
-    out_of_reach: int = 0  # of the boxes to find: those beyond max_detections of their class in their image
+    out_of_reach: int = 0  # boxes to find beyond max_detections of their class, or num_queries, in their image
+    num_queries: int | None = None  # most detections of an image that the model can make; None: not known
     lost: dict[int, str] = field(default_factory=dict)  # image id -> why it could not be read; these count nowhere
 
     def to_json(self) -> dict:
@@ -75,6 +76,7 @@ class Metrics:
             rows.append(
                 f"{self.out_of_reach} of {sum(self.num_objects.values())} objects cannot be found: their images hold "
                 f"more of their class than evaluate.max_detections, which is {self.max_detections} (COCO: 100)"
+                + ("" if self.num_queries is None else f", or more than model.num_queries, {self.num_queries}")
             )
         if self.num_not_finite:
             rows.append(f"{self.num_not_finite} detections were not finite and are left out")
@@ -98,6 +100,7 @@ def score(
     to_category: dict[int, int],
     *,
     max_detections: int = 100,
+    num_queries: int | None = None,
     backend: str = "hotcoco",
 ) -> Metrics:
     """Score detections as COCO does.
@@ -110,6 +113,7 @@ def score(
         detections: at most one entry per image; an image without an entry has no detections.
         to_category: the model's label -> the data set's category id; detections with other labels are dropped.
         max_detections: most detections per image and category that count (as pycocotools cuts), for AP and for AR100.
+        num_queries: most detections of an image that there can be; for ``out_of_reach``.
         backend: a key of BACKENDS.
     Raises:
         UserError: an unknown image, an image twice, an unknown backend.
@@ -142,15 +146,19 @@ def score(
         num_detections=len(rows),
         num_not_finite=num_not_finite,
         max_detections=max_detections,
-        out_of_reach=out_of_reach(truth["annotations"], max_detections),
+        out_of_reach=out_of_reach(truth["annotations"], max_detections, num_queries),
+        num_queries=num_queries,
         backend=f"{backend} {metadata.version(backend)}",
     )
 
 
-def out_of_reach(annotations: list[dict], max_detections: int) -> int:
-    """How many boxes no list of so many detections of an image and category can hold."""
+def out_of_reach(annotations: list[dict], max_detections: int, num_queries: int | None = None) -> int:
+    """How many boxes no list of so many detections of an image and category, and so many of an image, can hold."""
     sizes = Counter((a["image_id"], a["category_id"]) for a in annotations if not a["iscrowd"])
-    return sum(max(0, size - max_detections) for size in sizes.values())
+    held: Counter[int] = Counter()  # image id -> boxes that can be found
+    for (image_id, _), size in sizes.items():
+        held[image_id] += min(size, max_detections)
+    return sizes.total() - sum(held.values() if num_queries is None else (min(n, num_queries) for n in held.values()))
 
 
 def _images_by_id(ground_truth: dict) -> list[dict]:

@@ -39,6 +39,7 @@ def run(
     broadcast: Callable[[list], list] | None = None,
     is_main: bool = True,
     max_detections: int = 100,
+    num_queries: int | None = None,
     backend: str = "hotcoco",
     progress: Callable[[Iterable[Batch]], Iterable[Batch]] = lambda batches: batches,
     keep_images: Collection[int] = (),
@@ -74,7 +75,10 @@ def run(
             detections, lost = _join(shares)
             ground_truth = _without(ground_truth, lost)
             _check_each_once([d.image_id for d in detections], ground_truth)
-            outcome = score(ground_truth, detections, to_category, max_detections=max_detections, backend=backend)
+            outcome = score(
+                ground_truth, detections, to_category, max_detections=max_detections, num_queries=num_queries,
+                backend=backend,
+            )  # fmt: skip
             outcome = replace(outcome, lost=lost)
             kept = {d.image_id: d for d in detections if d.image_id in set(keep_images)}
         except Exception as error:  # told to all, so that no process goes on alone

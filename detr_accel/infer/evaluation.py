@@ -52,7 +52,8 @@ def evaluate_checkpoint(
         metrics = evaluate.run(
             lambda batch: detector(batch, recipe.evaluate.max_detections), batches,
             ground_truth=source.ground_truth(), to_category=to_category,
-            max_detections=recipe.evaluate.max_detections, backend=recipe.evaluate.backend,
+            max_detections=recipe.evaluate.max_detections, num_queries=recipe.model.num_queries,
+            backend=recipe.evaluate.backend,
             progress=lambda it: tqdm(it, total=total, desc="evaluate", unit="batch", disable=quiet or None),
         )  # fmt: skip
     except Exception as error:

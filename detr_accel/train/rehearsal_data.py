@@ -66,12 +66,15 @@ def _queries(recipe: Recipe, train: data.Source, val: data.Source) -> list[look.
     queries, reported = recipe.model.num_queries, recipe.evaluate.max_detections
     findings = []
     if most > queries:
-        text = f"an image has {most} boxes and model.num_queries is {queries}: some cannot be found"
+        text = f"a training image has {most} boxes and model.num_queries is {queries}: some cannot be found"
         findings.append(look.Finding(text, "raise model.num_queries where the weights allow it"))
-    lost = evaluate.out_of_reach(val.ground_truth()["annotations"], reported)
-    if lost:
+    truth = val.ground_truth()["annotations"]
+    if lost := evaluate.out_of_reach(truth, reported):
         text = f"{lost} validation boxes are beyond evaluate.max_detections ({reported}) of a class in their image"
         findings.append(look.Finding(text, "raise evaluate.max_detections (COCO's own figures are at 100)"))
+    if lost := evaluate.out_of_reach(truth, len(truth), queries):
+        text = f"{lost} validation boxes are beyond model.num_queries ({queries}) in their image"
+        findings.append(look.Finding(text, "raise model.num_queries where the weights allow it"))
     return findings
 
 

@@ -156,7 +156,8 @@ class Validation:
                     predict, self.sinks.progress(self._batches(self.source), total=total), ground_truth=self.truth,
                     to_category=self.to_category, gather=gather_object, broadcast=broadcast_object_list,
                     is_main=accelerator.is_main_process, max_detections=recipe.evaluate.max_detections,
-                    backend=recipe.evaluate.backend, keep_images=[self.source.image_id(i) for i in self.panel],
+                    num_queries=recipe.model.num_queries, backend=recipe.evaluate.backend,
+                    keep_images=[self.source.image_id(i) for i in self.panel],
                 )  # fmt: skip
         except Exception as error:  # on every process: evaluation refuses together
             if any(gather_object([stop.requested])):

@@ -135,7 +135,8 @@ def test_a_rehearsal_says_what_queries_and_detections_cannot_hold():
             return {"annotations": rows}
 
     recipe, *_ = build(300)
-    training, validation = (f.text for f in rehearsal_data._queries(recipe, Crowd(), Crowd()))
+    training, validation, crowded = (f.text for f in rehearsal_data._queries(recipe, Crowd(), Crowd()))
+    assert "100 validation boxes are beyond model.num_queries (300) in their image" in crowded
     assert "400 boxes and model.num_queries is 300" in training
     assert "50 validation boxes are beyond evaluate.max_detections (300) of a class in their image" in validation
     assert rehearsal_data._queries(build(500)[0], Crowd(), Crowd()) == []
