@@ -7,7 +7,8 @@ points of a head over all levels.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -149,9 +150,23 @@ class DeformableAttention(nn.Module):
         return torch.cat([take(m.unflatten(-1, size), place) for m, place, size in pairs], -1)
 
 
+_in_order = False  # a plain global: compilers read it
+
+
+@contextmanager
+def reads_in_order(yes: bool) -> Iterator[None]:
+    """Read as a GPU does under ``deterministic: true``, wherever the tensors are: what that takes can be counted."""
+    global _in_order
+    before, _in_order = _in_order, yes
+    try:
+        yield
+    finally:
+        _in_order = before
+
+
 def _bilinear(features: Tensor, places: Tensor) -> Tensor:
     """features [M, C, h, w], places [M, Q, p, 2] -> [M, C, Q, p]; outside of the map is 0."""
-    if features.device.type != "cpu" and torch.are_deterministic_algorithms_enabled():
+    if _in_order or (features.device.type != "cpu" and torch.are_deterministic_algorithms_enabled()):
         return _bilinear_in_order(features, places)
     return F.grid_sample(features, 2 * places - 1, mode="bilinear", padding_mode="zeros", align_corners=False)
 

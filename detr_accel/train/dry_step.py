@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from detr_accel import data, models
+from detr_accel.models.deformable import reads_in_order
 from detr_accel.models.denoising import DenoisingQueries, DenoisingSize, Noise
 from detr_accel.models.matcher import Matcher, Matching
 from detr_accel.recipe import Recipe
@@ -81,7 +82,8 @@ def run(recipe: Recipe, demands: data.Demands, micro: int, layout: Layout) -> Pe
         model = models.build(recipe, demands.num_classes, device="meta", load_weights=False)
     models.check_cells(recipe, model)
     kernels = as_on_gpu() if layout.on_gpu else nullcontext()
-    with kernels, FakeTensorMode(allow_non_fake_inputs=True), live:
+    in_order = reads_in_order(layout.on_gpu and recipe.deterministic)
+    with kernels, in_order, FakeTensorMode(allow_non_fake_inputs=True), live:
         try:
             _DryStep(recipe, demands, layout, live, model).run(micro)
         except _VALUES_WANTED as error:

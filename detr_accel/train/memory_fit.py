@@ -18,10 +18,12 @@ from torch import nn
 from detr_accel import data, models
 from detr_accel.monitor import memory
 from detr_accel.monitor.memory import is_out_of_memory
+from detr_accel.recipe_model import Model, norms_see_a_forward
 from detr_accel.structures import Batch, Targets, UserError
 from detr_accel.train.parts import Parts
 from detr_accel.train.window import forward
 
+_FEW = 4  # images; fewer make poor statistics of norms that train
 _LIBC = ctypes.CDLL(None) if os.name == "posix" else None  # glibc keeps freed memory until it is told not to
 
 # --- while a run goes on
@@ -101,7 +103,8 @@ def release(device: torch.device) -> None:
 def fit(parts: Parts, micro: int | str, checkpointed: Sequence[str] | str) -> tuple[int, list[str], str]:
     """The largest micro-batch, and the least activation checkpointing, with which the worst window fits.
 
-    Every process tries for itself, without talking; all take the least of what they found.
+    Every process tries for itself, without talking; all take the least of what they found. Where both are ``auto`` and
+    norms train, checkpointing comes before fewer images than ``least_wanted``.
 
     Args:
         micro: a number, or ``auto``.
@@ -116,8 +119,10 @@ def fit(parts: Parts, micro: int | str, checkpointed: Sequence[str] | str) -> tu
     trial = _Trial(parts, canvas, most_boxes, parts.recipe.batch.memory_fraction)
     ladder = models.checkpointing_ladder(parts.bare) if checkpointed == "auto" else (tuple(checkpointed),)
     least = 1 if micro == "auto" else min(micro, share)
-    step = next((i for i, step in enumerate(ladder) if _fits_with(trial, step, least)), len(ladder))
-    step = max(gather_object([step]))
+    wanted = least_wanted(parts.recipe.model, share) if micro == checkpointed == "auto" else least
+    step = _first_fitting(trial, ladder, wanted)
+    if step == len(ladder) and wanted > least:
+        step = len(ladder) - 1 + _first_fitting(trial, ladder[-1:], least)
     where = f"the worst window ({canvas[1]}x{canvas[0]} pixels, {most_boxes} boxes an image)"
     if step == len(ladder):
         raise UserError(
@@ -130,8 +135,20 @@ def fit(parts: Parts, micro: int | str, checkpointed: Sequence[str] | str) -> tu
         micro = min(gather_object([trial.largest(share)]))
     extra = f" and activation checkpointing on {', '.join(ladder[step])}" if ladder[step] else ""
     need = f"needs {_gib(trial.bytes(micro))} of {_gib(trial.budget)}"
+    few = f"; beware: norms that train see only {micro} images at a time" if micro < wanted else ""
     memory.start_peak(trial.device)  # what was tried and did not fit is no peak of the training
-    return micro, list(ladder[step]), f"memory: {where} {need} with batch.micro {micro}{extra}"
+    return micro, list(ladder[step]), f"memory: {where} {need} with batch.micro {micro}{extra}{few}"
+
+
+def least_wanted(model: Model, share: int) -> int:
+    """Images in a forward that ``auto`` gives up only when activation checkpointing is on everything."""
+    return min(_FEW, share) if norms_see_a_forward(model) else 1
+
+
+def _first_fitting(trial: _Trial, ladder: Sequence[Sequence[str]], micro: int) -> int:
+    """The first step of the ladder with which so many images fit on every process; its length where there is none."""
+    step = next((i for i, step in enumerate(ladder) if _fits_with(trial, step, micro)), len(ladder))
+    return max(gather_object([step]))
 
 
 def _gib(num_bytes: float) -> str:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from detr_accel import data, models
 from detr_accel.recipe import Recipe
 from detr_accel.structures import UserError
-from detr_accel.train import dry_step, parts
+from detr_accel.train import dry_step, memory_fit, parts
 from detr_accel.train.dry_step import Layout, Peaks
 
 GPU_GIB, NCCL_GIB, CPU_GIB = 1.0, 0.25, 1.0  # what cannot be counted; see ``_allowance``
@@ -144,6 +144,8 @@ class _Planner:
         own = self.recipe.batch.micro
         least = 1 if own == "auto" else min(own, self.share)
         ways = list(self._ways())
+        if own == self.recipe.model.activation_checkpointing == "auto":
+            ways = [self._chosen(list(steps)) for _, steps in itertools.groupby(ways, key=lambda way: way[1:])]
         for recipe, precision, settings in ways:
             if not settings and self._fits(recipe, least, precision):
                 micro = self._largest(recipe, precision) if own == "auto" else least
@@ -155,6 +157,11 @@ class _Planner:
                 told = [] if own == "auto" or micro == least else [f"batch.micro={micro}"]
                 return self._found(recipe, micro, precision, told + settings)
         return self._not_found(*most)
+
+    def _chosen(self, steps: list[tuple[Recipe, str, list[str]]]) -> tuple[Recipe, str, list[str]]:
+        """The step of activation checkpointing that a training would take by itself, see ``memory_fit.fit``."""
+        wanted = memory_fit.least_wanted(self.recipe.model, self.share)
+        return next((way for way in steps if self._fits(way[0], wanted, way[1])), steps[-1])
 
     def _ways(self) -> Iterable[tuple[Recipe, str, list[str]]]:
         """The recipe, and then with more and more levers, mildest first; what ``auto`` does by itself is no setting."""

@@ -48,8 +48,12 @@ def test_activation_checkpointing_is_switched_on_only_where_it_is_needed(built, 
     needs = {(): 9.0, ("backbone",): 5.0, ("backbone", "encoder"): 3.0, ("backbone", "encoder", "decoder"): 2.0}
     monkeypatch.setattr(memory, "free_bytes", lambda _: 4 / 0.9)
     monkeypatch.setattr(memory_fit._Trial, "bytes", lambda self, micro: needs[tuple(now(built))] * micro)
+    frozen = built.recipe.model.backbone.model_copy(update={"norm": "frozen", "weights": "pretrained"})
+    model = built.recipe.model.model_copy(update={"backbone": frozen})
+    monkeypatch.setattr(built, "recipe", built.recipe.model_copy(update={"model": model}))
     micro, checkpointed, words = memory_fit.fit(built, "auto", "auto")
     assert (micro, checkpointed) == (1, ["backbone", "encoder"]) and "activation checkpointing on backbone" in words
+    assert "beware" not in words
 
 
 def test_rtdetr_fits_too_with_its_denoising_and_its_parts(monkeypatch):
@@ -73,8 +77,21 @@ def test_rtdetr_fits_too_with_its_denoising_and_its_parts(monkeypatch):
         return body + rt.bare.encoder.checkpointing + rt.bare.decoder.checkpointing
 
     monkeypatch.setattr(memory_fit._Trial, "bytes", lambda self, micro: needs[on()] * micro)
-    micro, checkpointed, _ = memory_fit.fit(rt, "auto", "auto")
-    assert (micro, checkpointed) == (1, ["backbone", "encoder"])
+    micro, checkpointed, words = memory_fit.fit(rt, "auto", "auto")
+    everything = ["backbone", "encoder", "decoder"]
+    assert (micro, checkpointed) == (2, everything), "few images make poor statistics: as many as can be"
+    assert "beware: norms that train see only 2 images at a time" in words
+
+
+@pytest.mark.parametrize(
+    "gib, found", [(36, (4, [])), (20, (4, ["backbone"])), (8, (4, ["backbone", "encoder", "decoder"]))]
+)
+def test_norms_that_train_keep_four_images_as_long_as_checkpointing_helps(built, monkeypatch, gib, found):
+    needs = {0: 9.0, 1: 5.0, 2: 3.0, 3: 2.0}
+    monkeypatch.setattr(memory, "free_bytes", lambda _: (gib + 0.1) / 0.9)
+    monkeypatch.setattr(memory_fit._Trial, "bytes", lambda self, micro: needs[len(now(built))] * micro)
+    micro, checkpointed, words = memory_fit.fit(built, "auto", "auto")
+    assert (micro, checkpointed) == found and "beware" not in words
 
 
 def now(built) -> list[str]:

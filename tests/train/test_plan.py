@@ -138,6 +138,28 @@ def test_rtdetr_is_planned_for_a_gpu_too():
     assert again.bytes < gpu.bytes
 
 
+def test_deterministic_reads_are_counted_on_a_gpu_and_nowhere_else():
+    recipe, still = small(*RTDETR, "device=auto"), small(*RTDETR, "device=auto", "deterministic=true")
+    assert peaks(still, 4, gpu=True).bytes > peaks(recipe, 4, gpu=True).bytes
+    assert peaks(still, 4).bytes == peaks(recipe, 4).bytes
+
+
+def test_norms_that_train_keep_four_images_as_long_as_checkpointing_helps():
+    auto = small(*RTDETR, "batch.micro=auto", "model.activation_checkpointing=auto")
+    steps = [
+        small(*RTDETR, f"model.activation_checkpointing=[{s}]") for s in ("", "backbone", "backbone,encoder,decoder")
+    ]
+    enough = [room(step, 4) for step in steps]
+    assert enough == sorted(enough, reverse=True) and len(set(enough)) == 3
+    assert fit(auto, enough[0]).recipe.model.activation_checkpointing == []
+    found = fit(auto, enough[1])
+    assert (found.micro, found.recipe.model.activation_checkpointing, found.settings) == (4, ["backbone"], [])
+    tight = fit(auto, room(steps[-1], 2))
+    assert tight.micro in (2, 3) and len(tight.recipe.model.activation_checkpointing) == 3 and tight.fits
+    plain = small("batch.micro=auto", "model.activation_checkpointing=auto")  # DETR: frozen norms, one image is enough
+    assert fit(plain, room(small(), 1)).recipe.model.activation_checkpointing == []
+
+
 def test_the_comparison_can_fail(plain):
     _, measured = plain
     other = check.planned_bytes(peaks(small("data.augment.max_size=192"), 4))
