@@ -51,6 +51,7 @@ class State:
     scaler: dict[str, Any] | None = None
     layout: dict[str, Any] | None = None
     fingerprint: str | None = None
+    judged_by: list[Any] | None = None  # the validation data's fingerprint, and how many detections count
     evaluated_window: int | None = None  # where metrics and threshold come from: a later evaluation may be owed
     micro: int | None = None  # images per forward in force: what auto chose, or what running out of memory left
     checkpointed: list[str] = field(default_factory=list)  # parts that are computed again in backward
@@ -150,23 +151,30 @@ def check_space(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def load_last(folder: Path) -> tuple[Path, list[str]]:
+def load_last(folder: Path, mend: bool = True) -> tuple[Path, list[str]]:
     """The newest whole checkpoint. Newer ones that are damaged are set aside, and the links mended.
 
+    Args:
+        mend: False passes over damaged ones and changes nothing: the run may still be training.
     Returns:
         its folder, and one sentence for every damaged one.
     Raises:
         UserError: there is none.
     """
     notes = []
-    for old in folder.glob(".old-window-*"):  # killed between the two renames of one that was written again
+    # killed between the two renames of one that was written again
+    for old in folder.glob(".old-window-*") if mend else ():
         final = folder / old.name.removeprefix(".old-")
         shutil.rmtree(old) if final.exists() else os.replace(old, final)
     for path in sorted(folder.glob("window-*"), reverse=True):
         fault = damage(path)
         if fault is None:
-            _mend_links(folder, path.name)
+            if mend:
+                _mend_links(folder, path.name)
             return path, notes
+        if not mend:
+            notes.append(f"checkpoint {path.name} is passed over: {fault}")
+            continue
         aside = path.with_name(f"damaged-{path.name}")
         notes.append(f"checkpoint {path.name} is passed over and set aside as {aside.name}: {fault}")
         shutil.rmtree(aside, ignore_errors=True)

@@ -16,7 +16,7 @@ class Ema:
     and random initial weights are forgotten quickly. Floating-point parameters are averaged; buffers (running
     statistics, frozen norms) are copied.
 
-    Source: the warm-up is RT-DETR's (arXiv 2304.08069, released code's settings).
+    Source: the warm-up is RT-DETR's (arXiv 2304.08069, released code's settings); it averages running statistics too.
     """
 
     def __init__(self, model: nn.Module, decay: float, warmup_steps: int) -> None:

@@ -331,9 +331,14 @@ class _Rehearsal:
         with self._stage("W&B") as row:
             said = (self.folder / "whole" / "output.txt").read_text(errors="replace")
             note = next((line for line in said.splitlines() if line.startswith("W&B: ")), "")
-            if "W&B failed" in said:
-                line = next(line for line in said.splitlines() if "W&B failed" in line)
-                raise Trouble("W&B", line, "set log.wandb.mode=offline or log.wandb.enabled=false")
+            failed = next((line for line in said.splitlines() if "W&B failed" in line), None)
+            if failed is None and note.startswith("W&B: off,"):
+                if self.recipe.log.wandb.mode == "auto":
+                    row |= {"warnings": [f"{note.removeprefix('W&B: ')}; so would the night"], "text": "off"}
+                    return
+                failed = note.removeprefix("W&B: ")
+            if failed is not None:
+                raise Trouble("W&B", failed, "set log.wandb.mode=offline or log.wandb.enabled=false")
             went_offline = self.wandb_mode == "online" and note.startswith("W&B: offline")
             if went_offline and self.recipe.log.wandb.mode == "online":
                 raise Trouble("W&B", note.removeprefix("W&B: "), "mend the connection, or set log.wandb.mode=offline")

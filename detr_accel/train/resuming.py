@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from detr_accel import recipe as recipes
 from detr_accel.monitor.alarms import Memory
@@ -38,7 +39,13 @@ def wants_resume(run: RunFolder, resume: bool | str) -> bool:
 def fresh_state(parts: Parts) -> State:
     layout = {"batch_size": parts.recipe.batch.size, "processes": parts.accelerator.num_processes}
     memory = Memory(head_loaded=parts.head_loaded)
-    return State(layout=layout, fingerprint=parts.splits.train.fingerprint(), alarms=memory)
+    return State(
+        layout=layout, fingerprint=parts.splits.train.fingerprint(), judged_by=_judged_by(parts), alarms=memory
+    )
+
+
+def _judged_by(parts: Parts) -> list[Any]:
+    return [parts.splits.val.fingerprint(), parts.recipe.evaluate.max_detections]
 
 
 def restore(parts: Parts, checkpoints: Path, *, branch: bool = False) -> tuple[State, list[str]]:
@@ -51,7 +58,7 @@ def restore(parts: Parts, checkpoints: Path, *, branch: bool = False) -> tuple[S
     Raises:
         UserError: none is whole; other data; a change of the recipe that cannot be.
     """
-    folder, notes = on_main(parts.accelerator, lambda: checkpoint.load_last(checkpoints))
+    folder, notes = on_main(parts.accelerator, lambda: checkpoint.load_last(checkpoints, mend=not branch))
     state, more = everywhere(parts.accelerator, lambda: _restore(parts, folder, branch))
     verb = "branched off" if branch else "resumed from"
     return state, [*notes, *more, f"{verb} {folder} after window {state.window}"]
@@ -83,6 +90,14 @@ def _restore(parts: Parts, folder: Path, branch: bool) -> tuple[State, list[str]
         state.evaluated_window = state.window  # the parent's evaluation; none is owed
         state.alarms = Memory()  # the parent's curves are no measure of a training that may differ
         state.early_stop, state.plateau = Waiting(), Waiting()
+    elif state.judged_by not in (None, _judged_by(parts)):
+        state.best = state.best_window = None  # checkpoints/best stays until an evaluation comes
+        state.early_stop, state.plateau = Waiting(), Waiting(drops=state.plateau.drops)
+        notes.append(
+            "the validation data, or how many detections count, differ from those before: the best so far, and what "
+            "early stopping and plateaus wait for, begin anew"
+        )
+    state.judged_by = _judged_by(parts)
     if before.early_stop.metric != recipe.early_stop.metric or recipe.early_stop.patience is None:
         state.early_stop = Waiting()  # a best value of another metric, or one that nobody kept up, is no measure
     state.layout = {"batch_size": recipe.batch.size, "processes": processes}

@@ -55,7 +55,8 @@ class Saver:
             must: the run ends with it; where it cannot be written, an error. Otherwise an alarm: the run goes on, and
                 the next one may find room.
         """
-        state.wandb_run_id = on_main(self.parts.accelerator, lambda: self.sinks.wandb_run_id)
+        known = on_main(self.parts.accelerator, lambda: self.sinks.wandb_run_id)
+        state.wandb_run_id = known or state.wandb_run_id  # where W&B could not start, the next resume finds its run
         scaler = self.parts.accelerator.scaler
         state.scaler = scaler.state_dict() if scaler is not None else None
         before = state.anchor

@@ -157,6 +157,17 @@ def test_a_kill_between_a_checkpoint_and_its_links_loses_no_best(tmp_path):
     assert left == ["window-00000002", "window-00000004", "window-00000005"]
 
 
+def test_a_branch_changes_nothing_in_a_parent_that_may_still_train(tmp_path):
+    parts = make()
+    save(tmp_path, 1, *parts)
+    save(tmp_path, 2, *parts, is_best=True, best_window=2)
+    (save(tmp_path, 3, *parts, best_window=1) / "state.json").unlink()
+    before = {p.name: os.readlink(p) if p.is_symlink() else None for p in tmp_path.iterdir()}
+    path, notes = checkpoint.load_last(tmp_path, mend=False)
+    assert path.name == "window-00000002" and "window-00000003 is passed over: " in notes[0]
+    assert {p.name: os.readlink(p) if p.is_symlink() else None for p in tmp_path.iterdir()} == before
+
+
 @pytest.mark.parametrize("key", ["bytes", "sha256"])
 def test_a_damaged_key_of_the_manifest_is_damage(tmp_path, key):
     path = save(tmp_path, 1, *make())

@@ -253,6 +253,48 @@ def test_what_would_be_another_training_is_refused_or_branched(tmp_path, capsys)
         train(recipe("r2", longer), runs=tmp_path, branch=tmp_path / "nothing")
 
 
+def of(*settings: str) -> Recipe:
+    return recipes.changed(recipes.loads("name: t\ndata: {format: shapes}\n"), settings)
+
+
+def test_queries_are_more_on_a_branch_where_they_are_picked_and_never_where_they_are_weights():
+    picked = of("model.name=rtdetr"), of("model.name=rtdetr", "model.num_queries=500")
+    assert changes.check(*picked, branch=True, run="runs/r") == [
+        "changed since the checkpoint: model.num_queries: 100 -> 500"
+    ]
+    with pytest.raises(UserError, match="makes another run of it.*--branch runs/r"):
+        changes.check(*picked, branch=False, run="runs/r")
+    for before in (of(), of("model.name=rtdetr", "model.rtdetr.learned_queries=true")):
+        after = recipes.changed(before, ["model.num_queries=500"])
+        with pytest.raises(UserError, match="belong to the model as it was.*start anew with model.init_from=runs/r"):
+            changes.check(before, after, branch=True, run="runs/r")
+
+
+def test_a_default_that_was_another_once_and_that_nothing_reads_does_not_stop_a_resume():
+    for kind, is_read in (("cosine", False), ("flat_cosine", True)):
+        before, after = (of(f"schedule.kind={kind}", f"schedule.fall=[0.5,{last}]") for last in (0.95, 1.0))
+        try:
+            assert changes.check(before, after, branch=False, run="runs/r") == [] and not is_read
+        except UserError:
+            assert is_read
+
+
+def test_other_validation_data_begin_the_best_anew(tmp_path, monkeypatch, capsys):
+    """Wrong labels were mended, or more detections count: what was best by the old measure holds nothing up."""
+    for name, method in injected.scored({3: 0.9, 6: 0.2, 9: 0.1}).items():
+        monkeypatch.setattr(validation.Validation, name, method)
+    more = "checkpoint: {every_steps: 1, keep: 9}\nearly_stop: {patience: 1}\n"
+    first = "schedule: {steps: 3, kind: constant}\n"
+    run = train(recipe("r", first + more), runs=tmp_path)
+    assert os.readlink(run / "checkpoints" / "best") == "window-00000003"
+    plain, judged = shutil.copytree(tmp_path / "r", tmp_path / "plain" / "r", symlinks=True), "begin anew"
+    longer = first.replace("3", "9")
+    train(recipe("r", longer + more), runs=tmp_path / "plain", resume=True)
+    assert os.readlink(plain / "checkpoints" / "best") == "window-00000003" and judged not in capsys.readouterr().out
+    train(recipe("r", longer + more + "evaluate: {max_detections: 50, metric: AP}\n"), runs=tmp_path, resume=True)
+    assert os.readlink(run / "checkpoints" / "best") == "window-00000006" and judged in capsys.readouterr().out
+
+
 def test_every_knob_has_a_rule_for_a_resume():
     sections = {".".join(k.split(".")[:n]) for k in recipes._known() for n in range(1, k.count(".") + 1)}
     for key in set(recipes._known()) - sections:
