@@ -229,6 +229,29 @@ def test_looking_twice_sends_a_layers_box_loss_to_the_layer_before(make_rtdetr, 
     assert reached == [True, False]
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_a_layers_box_loss_reaches_its_own_head_and_the_one_before_alike_and_no_other(make_rtdetr, make_batch, known):
+    """Exact: a box is sigmoid(step + logit of the box before), so both steps have one gradient, layer by layer."""
+    images, mask, targets = make_batch([1, 2])
+    model = make_rtdetr().eval()
+    outputs = model(images, mask, disturbed(targets))
+    rows = outputs["dn_outputs"] if known else [*outputs["aux_outputs"], outputs]
+    biases = [head.layers[-1].bias for head in model.decoder.dec_bbox_head]
+    for i, row in enumerate(rows):
+        weights = torch.linspace(0.1, 1, row["pred_boxes"].numel()).view_as(row["pred_boxes"])
+        if i > 0:  # a logit is bounded where a box touches the image's border, and has no gradient there
+            weights = weights * ((rows[i - 1]["pred_boxes"] - 0.5).abs() < 0.4999)
+        assert weights.count_nonzero() > 0.5 * weights.numel()
+        loss = (row["pred_boxes"] * weights).sum()
+        gradients = torch.autograd.grad(loss, biases, retain_graph=True, allow_unused=True)
+        assert gradients[i].abs().min() > 0, i
+        for j, gradient in enumerate(gradients):
+            if j == i - 1:
+                torch.testing.assert_close(gradient, gradients[i], rtol=1e-9, atol=1e-12)
+            elif j != i:
+                assert gradient is None or not gradient.any(), (i, j)
+
+
 @pytest.mark.parametrize("part", ["backbone", "encoder", "decoder"])
 def test_checkpointing_a_part_changes_no_gradient(make_rtdetr, make_batch, part):
     images, mask, targets = make_batch([2, 0, 3])
