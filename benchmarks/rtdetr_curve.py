@@ -4,7 +4,7 @@
     W=PATH/efficientnet-lite0-57934424.pth D=../shared/data/bccd
     python benchmarks/rtdetr_curve.py plain $D --weights $W --seed 0 --minutes 25 --out plain-0.json
     accelerate launch --config_file accelerate_config.yaml train.py --recipe recipes/rtdetr_tiny_cpu.yaml \\
-      data.root=$D model.backbone.weights=$W seed=0 name=ours-0
+      data.root=$D model.backbone.weights=$W seed=0 evaluate.every_epochs=2 name=ours-0
     python benchmarks/rtdetr_curve.py run runs/ours-0 --out ours-0.json
     python benchmarks/rtdetr_curve.py plot plain-*.json ours-*.json --out rtdetr_bccd.png
 
@@ -20,6 +20,7 @@ import json
 import sys
 import time
 import warnings
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from hardware import hardware  # noqa: E402
 
 SIDE, BATCH, EVERY_S = 320, 8, 150
+RECIPE = "rtdetr_tiny_cpu.yaml"
 
 
 class Images(torch.utils.data.Dataset):
@@ -127,7 +129,9 @@ def plain(args: argparse.Namespace) -> None:
                 mark = time.perf_counter()
                 if spent >= args.minutes * 60:
                     break
-    save(args.out, "transformers, plain loop", args.seed, rows)
+    command = f"python benchmarks/rtdetr_curve.py plain {args.folder.name} --weights {args.weights.name}"
+    command += f" --seed {args.seed} --minutes {args.minutes:g}"
+    save(args.out, "transformers, plain loop", args.seed, args.folder.name, command, rows)
 
 
 @torch.inference_mode()
@@ -149,6 +153,9 @@ def plain_score(model, val: Images) -> dict[str, float]:
 
 def run(args: argparse.Namespace) -> None:
     """Of a run of ours: every evaluation, at the training time spent until then."""
+    from detr_accel import recipe as recipes
+    from detr_accel.train import changes
+
     speed = [json.loads(line) for line in (args.folder / "speed.jsonl").read_text().splitlines()]
     spent, last, at = 0.0, 0, {0: 0.0}
     for row in (r for r in speed if "speed/seconds" in r):
@@ -161,12 +168,18 @@ def run(args: argparse.Namespace) -> None:
         known = max(w for w in at if w <= row["window"])
         minutes = at[known] * row["window"] / max(known, 1) / 60
         rows.append({"minutes": minutes, "steps": row["step"], "AP": row["val/AP"], "AP50": row["val/AP50"]})
-    seed = next((line.split(":")[1].strip() for line in (args.folder / "recipe.yaml").open() if line[:5] == "seed:"), 0)
-    save(args.out, "detr_accel", int(seed), rows)
+    shipped, own = recipes.load(ROOT / "recipes" / RECIPE), recipes.loads((args.folder / "recipe.yaml").read_text())
+    differ = changes.differences(shipped, own)
+    told = {key: Path(new).name if "/" in str(new) else new for key, (_, new) in differ.items()}
+    command = f"accelerate launch --config_file accelerate_config.yaml train.py --recipe recipes/{RECIPE} "
+    command += " ".join(f"{key}={value}" for key, value in told.items() if key != "name")
+    save(args.out, "detr_accel", own.seed, Path(own.data.root).name, command, rows)
 
 
-def save(path: Path, what: str, seed: int, rows: list[dict]) -> None:
-    found = {"what": what, "seed": seed, "command": "python " + " ".join(sys.argv), **hardware(), "rows": rows}
+def save(path: Path, what: str, seed: int, name: str, command: str, rows: list[dict]) -> None:
+    """``name``: of the data set. Paths in ``command`` are names alone."""
+    found = {"what": what, "seed": seed, "set": name, "command": command, "date": f"{date.today()}", **hardware()}
+    found["rows"] = rows
     path.write_text(json.dumps(found, indent=1) + "\n")
 
 
