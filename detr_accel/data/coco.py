@@ -187,8 +187,15 @@ class CocoSource:
 
     def num_targets(self) -> int:
         """Boxes that can be learned from, without decoding."""
+        return len(self._learned())
+
+    def target_categories(self) -> np.ndarray:
+        """The category ids that have a box to learn from, int64."""
+        return np.unique(self.table.category_ids[self._learned()])
+
+    def _learned(self) -> np.ndarray:
         pick, _, keep = self._kept()
-        return int((keep & ~self.table.crowd[pick] & ~self.table.again[pick]).sum())
+        return pick[keep & ~self.table.crowd[pick] & ~self.table.again[pick]]
 
     def _kept(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Annotations of these images [A], how many each has, and which of them have an area after clipping [A]."""

@@ -65,7 +65,7 @@ def read(path: Path, dirt: Dirt | None = None) -> Table:
     """
     dirt = Dirt("stop") if dirt is None else dirt
     tree = _load(path)
-    categories = _categories(path, tree["categories"], dirt)
+    categories = _categories(path, _without_heads(path, tree, dirt), dirt)
     images, left_out = _images(path, tree["images"], dirt)
     row_of = {image_id: row for row, image_id in enumerate(images)} | dict.fromkeys(left_out, -1)
     columns = _annotations(path, tree["annotations"], row_of, categories, dirt)
@@ -103,6 +103,24 @@ def _load(path: Path) -> dict:
     if missing:
         raise UserError(f"{path} is no COCO detection json: it has no list named {' or '.join(missing)}")
     return tree
+
+
+def _without_heads(path: Path, tree: dict, dirt: Dirt) -> list:
+    """The categories without those that Roboflow writes as the supercategory of one of the same name."""
+    rows = tree["categories"]
+    if len(rows) < 2 or not all(isinstance(row, dict) for row in rows):
+        return rows
+    heads = [
+        number
+        for number, row in enumerate(rows)
+        if any(o is not row and o.get("name") == row.get("name") == o.get("supercategory") for o in rows)
+        and row.get("supercategory") != row.get("name")
+    ]
+    used = {a.get("category_id") for a in tree["annotations"] if isinstance(a, dict)} if heads else set()
+    heads = [number for number in heads if rows[number].get("id") not in used]
+    for number in heads:
+        dirt.note("category.head", f"{path}: categories[{number}]: {rows[number].get('name')!r} has no box of its own")
+    return [row for number, row in enumerate(rows) if number not in heads]
 
 
 def _categories(path: Path, records: list, dirt: Dirt) -> dict[int, str]:

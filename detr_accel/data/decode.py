@@ -22,14 +22,16 @@ from detr_accel.structures import UserError
 
 _LEAST = 16  # px: a picture with a shorter side has nearly any shape "to a pixel"
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright
+_ON_ITS_SIDE = (5, 6, 7, 8)
+_WIDTH, _LENGTH = 256, 257  # TIFF tags
 
 
 def header_size(path: str | Path, upright: bool = False) -> tuple[int, int]:
     """(h, w) in pixels from the file's header: of the stored rows, or ``upright`` as a viewer shows it."""
     try:
         with Image.open(path) as picture:
-            w, h = picture.size
-            turned = upright and picture.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            (h, w), orientation = _stored(picture, look=upright)
+            turned = upright and orientation in _ON_ITS_SIDE
     except Exception as error:  # whatever a decoder trips over, the file is at fault
         raise UserError(f"image {path} cannot be read: {_reason(error)}") from None
     if min(h, w) < 1:
@@ -45,14 +47,28 @@ def header(path: str | Path, data: bytes | None = None) -> tuple[tuple[int, int]
     """
     try:
         with Image.open(path if data is None else io.BytesIO(data)) as picture:
-            h, w = picture.height, picture.width
-            told = picture.format != "PNG" or "exif" in picture.info  # Pillow would decode a PNG to look for it
-            orientation = picture.getexif().get(_ORIENTATION, 1) if told else 1
+            # Pillow would decode a PNG to look for it
+            (h, w), orientation = _stored(picture, look=picture.format != "PNG" or "exif" in picture.info)
     except Exception as error:  # as above
         raise UserError(f"image {path} cannot be read: {_reason(error)}") from None
     if min(h, w) < 1:
         raise UserError(f"image {path} cannot be read: it is {w}x{h} pixels")
-    return ((w, h) if orientation in (5, 6, 7, 8) else (h, w)), orientation in range(2, 9)
+    return ((w, h) if orientation in _ON_ITS_SIDE else (h, w)), orientation in range(2, 9)
+
+
+def _stored(picture: Image.Image, look: bool = True) -> tuple[tuple[int, int], int]:
+    """(h, w) of the pixels as Pillow gives them, and the EXIF orientation that they then still have.
+
+    Args:
+        look: for an orientation; without, it is taken for upright.
+    """
+    size = picture.height, picture.width
+    orientation = picture.getexif().get(_ORIENTATION, 1) if look or picture.format == "TIFF" else 1
+    if picture.format != "TIFF":
+        return size, orientation
+    # it turns a TIFF itself while decoding; its header has the size after that or, of older Pillows, before it
+    turns = orientation in _ON_ITS_SIDE and size == (picture.tag_v2.get(_LENGTH), picture.tag_v2.get(_WIDTH))
+    return (size[::-1] if turns else size), 1
 
 
 def read_rgb(
@@ -132,12 +148,13 @@ def _turned(path: str | Path, picture: Image.Image, size_px: tuple[int, int] | N
     Raises:
         UserError: neither.
     """
-    stored = (picture.height, picture.width)
+    stored, _ = _stored(picture, look=False)
     if stored == size_px:
         return picture
     if size_px is None:
         return ImageOps.exif_transpose(picture)
-    turn, scaled = _reading(stored, picture.getexif().get(_ORIENTATION, 1), size_px)
+    stored, orientation = _stored(picture)
+    turn, scaled = _reading(stored, orientation, size_px)
     if turn is None or (scaled and not scale):
         raise UserError(other_size(path, stored, size_px))
     return ImageOps.exif_transpose(picture) if turn else picture
@@ -146,7 +163,7 @@ def _turned(path: str | Path, picture: Image.Image, size_px: tuple[int, int] | N
 def _reading(stored_px: tuple[int, int], orientation: int, size_px: tuple[int, int]) -> tuple[bool | None, bool]:
     """Whether the record's size is the picture's after its EXIF rotation (None: nobody can tell), and whether in
     another size."""
-    turned = stored_px[::-1] if orientation in (5, 6, 7, 8) else stored_px
+    turned = stored_px[::-1] if orientation in _ON_ITS_SIDE else stored_px
     for turn, size in ((False, stored_px), (True, turned)):
         if size == size_px:
             return turn, False
@@ -161,7 +178,7 @@ def size_fault(path: str | Path, size_px: tuple[int, int], data: bytes | None = 
     Empty where it has not, or where decoding will say what is wrong. ``data``: as in ``read_rgb``."""
     try:
         with Image.open(path if data is None else io.BytesIO(data)) as picture:
-            stored, orientation = (picture.height, picture.width), picture.getexif().get(_ORIENTATION, 1)
+            stored, orientation = _stored(picture)
     except Exception:  # a file that is no image
         return "", ""
     turn, scaled = _reading(stored, orientation, size_px)

@@ -46,13 +46,14 @@ KINDS: dict[str, Kind] = {
         "image records of a file that another record has, too", "their annotations joined", "both left out"
     ),
     "image.file_conflict": Kind(
-        "image records of one file with different sizes", "left out, with their annotations", harm=True
+        "image records of one file with different sizes or folders", "left out, with their annotations", harm=True
     ),
     "image.size": Kind("image records with an absurd size", "the size is read from the file", _WITH),
     "image.objects": Kind(
         "images without objects, or with boxes and categories that differ in number", "left out", harm=True
     ),
     "image.no_size": Kind("images without a size, in the json or in the file", _WITH, harm=True),
+    "category.head": Kind("categories that only stand above one of the same name", _OUT, stops=False),
     "annotation.record": Kind("annotations that are no objects", _OUT, harm=True),
     "annotation.image": Kind("annotations of an image that is not listed", _OUT, harm=True),
     "annotation.category": Kind("annotations of a category that is not listed", _OUT, harm=True),

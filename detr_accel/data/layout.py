@@ -191,6 +191,12 @@ def _plain_name(file_name: str) -> str:
     return "/".join(p for p in name.split("/") if p not in ("", ".", ".."))
 
 
+def one_name(first: str, second: str) -> bool:
+    """Whether two file names of a json can mean one file: the same, or one with more folders before it."""
+    one, other = (f"/{_plain_name(unquote(name))}" for name in (first, second))
+    return one.endswith(other) or other.endswith(one)
+
+
 def locate(json_path: Path, file_names: Strings, folders: list[Path], dirt: Dirt | None = None) -> tuple[Path, Strings]:
     """Find every image of a json.
 

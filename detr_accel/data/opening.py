@@ -62,11 +62,17 @@ def to_check(root: Path, given: Mapping[str, tuple[str | None, str | None]], on_
         UserError: there is no data set.
     """
     found: dict[str, Path | None] = {s: explicit(root, json_path) for s, (json_path, _) in given.items()}
-    if found["train"] is None:
+    whole = False
+    if found["train"] is None:  # as a training finds them, and then whatever else names a split
         there = layout.find_jsons(root)
-        found |= {s: found.get(s) or layout.pick(there, s, root) for s in there if s or not found["val"]}
+        found["val"] = found["val"] or layout.pick(there, "val", root)
+        found["train"] = layout.pick(there, "train", root)
+        if found["train"] is None and "" in there:
+            found["train"], whole = layout.pick(there, "", root), found["val"] is None
+        found |= {s: layout.pick(there, s, root) for s in there if s not in ("", "train", "val")}
     images = {s: explicit(root, folder) for s, (_, folder) in given.items()}
-    rows = [(s or "all", path, images.get(s or "train")) for s, path in found.items() if path is not None]
+    rows = [(s, path, images.get(s)) for s, path in found.items() if path is not None]
+    rows = [("all" if s == "train" and whole else s, *rest) for s, *rest in rows]
     return [looked_at(s, on_bad, partial(open_split, path, root, s, folder)) for s, path, folder in rows]
 
 
@@ -80,14 +86,31 @@ def looked_at(split: str, on_bad: str, open_it: Callable[[Dirt], CocoSource]) ->
 
 
 def draw_split(source: CocoSource, val_fraction: float, seed: int) -> dict:
-    """A function of the seed and the set of image ids, whatever their order in the file."""
+    """A function of the seed and the set of image ids, whatever their order in the file. Versions of one picture
+    (``versions``) come into one part."""
     ids = np.sort(source.table.image_ids)
     if len(ids) < 2:
         raise UserError(f"{source.table.path} lists one image: a training and a validation split need two")
-    num_val = min(max(1, round(len(ids) * val_fraction)), len(ids) - 1)
-    order = seeds.generator(seed, seeds.SPLIT).permutation(len(ids))
-    parts = {"train": ids[np.sort(order[num_val:])], "val": ids[np.sort(order[:num_val])]}
-    return {"seed": seed, "val_fraction": val_fraction, **{name: part.tolist() for name, part in parts.items()}}
+    groups = versions(source)
+    num_val, val = min(max(1, round(len(ids) * val_fraction)), len(ids) - 1), set[int]()
+    order = seeds.generator(seed, seeds.SPLIT).permutation(len(groups)).tolist()
+    for number in order[: max(1, len(groups) - 1)]:  # one at least stays to train on
+        if len(val) < num_val:
+            val.update(groups[number])
+    if len(groups) == 1:
+        val = set(groups[0][:num_val])  # nothing else can be cut
+    parts = {"train": sorted(set(ids.tolist()) - val), "val": sorted(val)}
+    return {"seed": seed, "val_fraction": val_fraction, **parts}
+
+
+def versions(source: CocoSource) -> list[list[int]]:
+    """Ids of images that are versions of one picture, as Roboflow's augmentation writes them (``a.rf.HASH.jpg``);
+    all others alone. In the order of their least ids."""
+    names, groups = source.table.file_names, dict[object, list[int]]()
+    for row, image_id in sorted(enumerate(source.table.image_ids.tolist()), key=lambda pair: pair[1]):
+        stem, version, _ = names[row].rpartition(".rf.")
+        groups.setdefault(stem if version else image_id, []).append(image_id)
+    return list(groups.values())
 
 
 def cut(source: CocoSource, split_json: dict) -> Splits:
@@ -100,12 +123,18 @@ def cut(source: CocoSource, split_json: dict) -> Splits:
     new = len(row_of) - len(train) - len(val)
     whole = "split" if isinstance(source, HubSource) else "json"
     lines = [
-        f"data: one {whole}, cut by seed {split_json['seed']} into train and val (the split is saved with the run)",
+        f"data: one {whole}, cut by seed {split_json['seed']} into train and val (the split is saved with the run)"
+        + _kept_together(source),
         line("train", train), line("val", val), *unused(train), *no_boxes(val),
     ]  # fmt: skip
     if new:
         lines.append(f"data: {new} images came after the split was saved; they are in neither part")
     return Splits(train, val, lines, split_json)
+
+
+def _kept_together(source: CocoSource) -> str:
+    num = sum(len(group) for group in versions(source) if len(group) > 1)
+    return f"; {num} images are versions of others (.rf. in their names) and stay with them" if num else ""
 
 
 def line(split: str, source: CocoSource) -> str:
@@ -124,7 +153,7 @@ def describe(source: Source) -> str:
 
 
 def unused(train: CocoSource) -> list[str]:
-    used = set(np.unique(train.table.category_ids).tolist())
+    used = set(train.target_categories().tolist())
     names = [n for c, n in train.table.categories.items() if c not in used]
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     return [f"data: {len(names)} classes have no box in the training split: {shown}"] if names else []
@@ -167,7 +196,11 @@ def no_boxes(val: CocoSource) -> list[str]:
 
 
 def shared_files(train: CocoSource, val: CocoSource) -> list[str]:
-    if train.folder != val.folder:
+    one, other = Path(train.folder).resolve(), Path(val.folder).resolve()
+    if one != other and one not in other.parents and other not in one.parents:
         return []
-    num = len({train.name(i) for i in range(len(train))} & {val.name(i) for i in range(len(val))})
+    seen, again = (
+        {f"{at}{s.file(i).removeprefix(s.folder)}" for i in range(len(s))} for at, s in ((one, train), (other, val))
+    )
+    num = len(seen & again)
     return [f"data: warning: {num} images are in both splits, so the validation figures will flatter"] if num else []

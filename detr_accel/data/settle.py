@@ -16,6 +16,7 @@ from detr_accel.data.coco import clip, reach_out
 from detr_accel.data.coco_json import Strings, Table
 from detr_accel.data.decode import header_size, size_fault
 from detr_accel.data.dirt import EXAMPLES, Dirt
+from detr_accel.data.layout import one_name
 from detr_accel.structures import UserError
 
 LOOKED_AT = 500  # files whose size is compared with their record's before training
@@ -90,7 +91,7 @@ def _stay(target: np.ndarray) -> np.ndarray:
 
 
 def _join_doubles(table: Table, paths: Strings, target: np.ndarray, sizes: np.ndarray, dirt: Dirt) -> None:
-    """Records of one file become the first of them, where they speak of one size."""
+    """Records of one file become the first of them, where they speak of one size and name no two folders."""
     first: dict[str, int] = {}
     for row in range(len(table)):
         path = paths[row]
@@ -104,7 +105,11 @@ def _join_doubles(table: Table, paths: Strings, target: np.ndarray, sizes: np.nd
             f"({table.file_names[row]!r}) are the same file {path}: keep one record for each image"
         )
         known = (sizes[start] > 0).all(), (sizes[row] > 0).all()
-        if all(known) and (sizes[start] != sizes[row]).any():
+        if not one_name(table.file_names[start], table.file_names[row]):
+            other = f"{text}; their folders differ, and whose picture it is nobody can tell"
+            dirt.note("image.file_conflict", other, places=[(table.file_names[row], None)])
+            target[[start, row]] = -1
+        elif all(known) and (sizes[start] != sizes[row]).any():
             dirt.note("image.file_conflict", text, places=[(table.file_names[row], None)])
             target[[start, row]] = -1
         elif dirt.note("image.file_twice", text):
@@ -202,10 +207,12 @@ def other_format(boxes_px: np.ndarray, sizes_px: np.ndarray) -> tuple[str, str]:
         sizes_px: [N, 2], (h, w) of each one's image.
     """
     boxes, (h, w) = boxes_px.T.astype(np.float64), sizes_px.T.astype(np.float64)
-    if boxes.shape[1] < FEWEST:
+    few = boxes.shape[1] < FEWEST
+    if boxes.size and 0 < boxes.max() <= (1 if few else 1.5) and min(h.min(), w.min()) > 16:
+        if not few or (boxes % 1 > 0).any():  # a few boxes of one pixel are whole numbers
+            return "fractions", f"the boxes look like fractions of their images (none is above {boxes.max():g})"
+    if few:
         return "", ""
-    if 0 < boxes.max() <= 1.5 and min(h.min(), w.min()) > 16:
-        return "fractions", f"the boxes look like fractions of their images (none is above {boxes.max():g})"
     with np.errstate(over="ignore", invalid="ignore"):
         leaving = 1 - _inside(boxes[0], boxes[1], boxes[0] + boxes[2], boxes[1] + boxes[3], h, w)
         if leaving < LEAVING:

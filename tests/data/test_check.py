@@ -286,6 +286,21 @@ def test_a_single_json_and_a_test_split(tmp_path, write_split):
     assert found(report) == {("val", "image.leak"): 6, ("test", "image.leak"): 6}
 
 
+def test_the_check_looks_at_what_a_training_takes(tmp_path, write_split):
+    """A json from before the split was cut, and settings beside the pictures, are no splits."""
+    write_split(tmp_path / "a/annotations/train.json", tmp_path / "a/images", 4)
+    write_split(tmp_path / "a/annotations/val.json", tmp_path / "a/images", 3, first=5)
+    write_split(tmp_path / "a/annotations/annotations.json", tmp_path / "a/images", 7)
+    (tmp_path / "a/settings.json").write_text("{}")
+    report = report_of(tmp_path / "a")
+    assert list(report.splits) == ["train", "val"] and not [f for f in report.findings if f.harm]
+    write_split(tmp_path / "b/annotations/annotations.json", tmp_path / "b/images", 4)
+    others = [{"id": 7, "name": "wolf"}, {"id": 2, "name": "cat"}]
+    write_split(tmp_path / "b/annotations/annotations_val.json", tmp_path / "b/images", 3, first=5, categories=others)
+    report = report_of(tmp_path / "b")
+    assert sorted(report.splits) == ["train", "val"] and [f for f in report.findings if f.harm]
+
+
 @pytest.mark.parametrize(("name", "harm"), [("bccd", set()), ("coco_free", {"category.unseen"}), ("cards", set())])
 def test_genuine_data(name, harm):
     if not (DATA / name).is_dir():

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from detr_accel.data import decode
-from detr_accel.data.decode import _read_jpeg, read_rgb
+from detr_accel.data.decode import _read_jpeg, header, header_size, read_rgb, size_fault
 from detr_accel.structures import UserError
 
 COCO_FREE = Path(__file__).parents[3] / "shared/data/coco_free/train"
@@ -65,6 +65,26 @@ def test_a_rotation_is_pillows(tmp_path):
     assert read_rgb(path, (60, 40), (50, 30)).shape == (60, 40, 3)
     assert read_rgb(path, (60, 40), (15, 10)).shape == (15, 10, 3), "no larger than it must be, as any other"
     assert read_rgb(path, None).shape == (60, 40, 3)
+
+
+@pytest.mark.law8
+@pytest.mark.parametrize("turn", [3, 6, 8])
+def test_a_turned_tiff_has_one_shape_in_its_header_and_in_its_pixels(tmp_path, turn):
+    """Pillow turns a TIFF itself while decoding, and of late swaps its size before that."""
+    path, exif, stored = tmp_path / "a.tif", Image.Exif(), photo(40, 60)
+    exif[0x0112] = turn
+    stored.save(path, exif=exif)
+    shape = (40, 60) if turn == 3 else (60, 40)
+    pixels = read_rgb(path, None)
+    assert pixels.shape[:2] == shape == header_size(path, upright=True) == header(path)[0]
+    jpeg = tmp_path / "a.jpg"
+    stored.save(jpeg, exif=exif, quality=95)
+    assert np.abs(pixels.astype(int) - read_rgb(jpeg, None)).mean() < 8, "as a viewer shows it"
+    assert np.array_equal(read_rgb(path, shape), pixels) and size_fault(path, shape) == ("", "")
+    if turn != 3:  # boxes of the stored rows would lie on turned pixels
+        with pytest.raises(UserError, match="its record says 60x40"):
+            read_rgb(path, (40, 60))
+        assert size_fault(path, (40, 60))[0] == "image.other_size"
 
 
 def test_what_is_damaged_is_refused_as_before(tmp_path):

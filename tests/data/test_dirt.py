@@ -164,6 +164,21 @@ DAMAGE = {
     "a file twice with two sizes": (
         put("images", 3, file_name="im2.png", width=60, height=40), {"image.file_conflict": 1}, without_images(2, 4),
     ),
+    "two folders' pictures in one file": (  # flattened, and one overwrote the other
+        lambda t, f: [t["images"][i].update(file_name=f"cam{i}/im2.png") for i in (1, 3)],
+        {"image.file_conflict": 1}, without_images(2, 4),
+    ),
+    "a file twice, once with its folder": (
+        put("images", 3, file_name="images/im2.png"), {"image.file_twice": 1},
+        without_images(4) | {2: sorted([CAT, box(4, 0), DOG])}, without_images(2, 4),
+    ),
+    "a category above one of its name": (  # as Roboflow writes a project whose group has its class's name
+        lambda t, f: t.update(categories=[
+            {"id": 0, "name": "cat", "supercategory": "none"},
+            *({**c, "supercategory": "cat"} for c in t["categories"]),
+        ]),
+        {"category.head": 1}, CLEAN,
+    ),
     "negative size": (put("images", 1, height=-4), {"image.size": 1}, CLEAN, without_images(2)),
     "fractional size": (put("images", 1, width=30.5), {"image.size": 1}, CLEAN, without_images(2)),
     "size as text": (put("images", 1, width="30"), {"number.text": 1}, CLEAN, without_images(2)),
@@ -304,6 +319,13 @@ def test_a_scaled_picture_keeps_its_boxes_on_what_they_mark(folder, recipe_for, 
             assert inner.min() > 0.8 if inner.numel() else (y1 - y0) * (x1 - x0) < 60
             if strong != "large_scale_jitter":  # there it may be a few pixels large
                 assert image[:h, :w].sum() / ((y1 - y0) * (x1 - x0)) == pytest.approx(1, abs=0.1)
+
+
+def test_a_few_fractions_are_told_from_a_few_boxes_of_a_pixel():
+    sizes, few = np.full((12, 2), 480), np.tile([[0.31, 0.22, 0.4, 0.5]], (12, 1))
+    assert other_format(few, sizes)[0] == other_format(few[:1], sizes[:1])[0] == "fractions"
+    assert other_format(np.tile([[1.0, 0.0, 1.0, 1.0]], (12, 1)), sizes) == ("", "")
+    assert other_format(np.zeros((0, 4)), np.zeros((0, 2))) == ("", "")
 
 
 def test_shapes_are_compared_to_a_pixel():

@@ -1,6 +1,7 @@
 """Folders as the usual programs leave them are found without being told; what was found is said."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -156,6 +157,41 @@ def test_images_in_both_splits_are_said(tmp_path, write_split, recipe_for):
     write_split(tmp_path / "annotations/train.json", tmp_path / "images", 6)
     write_split(tmp_path / "annotations/val.json", tmp_path / "images", 3, first=5)
     assert any("2 images are in both splits" in line for line in data.build(recipe_for(tmp_path)).found)
+
+
+def test_a_validation_json_without_its_pictures_does_not_take_the_training_ones_in_silence(
+    tmp_path, write_split, recipe_for
+):
+    """Each split numbers its files from 1, and val's were not downloaded."""
+    write_split(tmp_path / "annotations/instances_train.json", tmp_path / "images/train", 6)
+    write_split(tmp_path / "annotations/instances_val.json", tmp_path / "elsewhere", 3)
+    shutil.rmtree(tmp_path / "elsewhere")
+    assert any("3 images are in both splits" in line for line in data.build(recipe_for(tmp_path)).found)
+
+
+def test_versions_of_one_picture_stay_in_one_part(tmp_path, write_split, recipe_for):
+    """Roboflow's augmentation, cut here: else nearly each validation image has a sibling to be learned by heart."""
+    tree = write_split(tmp_path / "labels.json", tmp_path / "images", 12)
+    for i, record in enumerate(tree["images"]):
+        name = f"p{i // 3}_jpg.rf.{i:032x}.png"
+        (tmp_path / "images" / record["file_name"]).rename(tmp_path / "images" / name)
+        record["file_name"] = name
+    (tmp_path / "labels.json").write_text(json.dumps(tree))
+    for seed in range(4):
+        splits = data.build(recipe_for(tmp_path, val_fraction=0.3).model_copy(update={"seed": seed}))
+        pictures = [{s.name(i).split("_")[0] for i in range(len(s))} for s in (splits.train, splits.val)]
+        assert not pictures[0] & pictures[1] and (len(splits.train), len(splits.val)) == (6, 6)
+    assert "12 images are versions of others" in splits.found[0]
+
+
+def test_a_class_that_a_cut_leaves_without_a_box_is_named(tmp_path, write_split, recipe_for):
+    tree = write_split(tmp_path / "labels.json", tmp_path / "images", 10)
+    val = data.build(recipe_for(tmp_path, val_fraction=0.3)).split_json["val"]
+    for row in tree["annotations"]:
+        row["category_id"] = 7 if row["image_id"] in val else 2
+    (tmp_path / "labels.json").write_text(json.dumps(tree))
+    found = data.build(recipe_for(tmp_path, val_fraction=0.3)).found
+    assert any("1 classes have no box in the training split: dog" in line for line in found)
 
 
 def test_evaluation_finds_the_split_of_another_folder(tmp_path, write_split, recipe_for):
