@@ -60,8 +60,8 @@ class IouCrop(Scheduled):
     """A random crop that holds the centre of a box and overlaps it by a drawn least IoU; boxes stay whose centre it
     holds (SSD; RT-DETR: 0.8). Where 40 tries find none for a least IoU, another one is drawn."""
 
-    min_iou: list[Fraction] = [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0]
-    """Least IoUs to draw from; 1 leaves the image whole."""
+    min_iou: list[Fraction] = [0.0, 0.1, 0.3, 0.5, 0.7, 0.9]
+    """Least IoUs to draw from; 1 leaves the image whole (RT-DETR has it, too)."""
     least_side: Annotated[float, Field(gt=0, le=1)] = 0.3
     """Least side of the crop, as a share of the image's; its longer side is at most twice the other."""
 
@@ -94,7 +94,8 @@ class Mosaic(Scheduled):
 
 
 class Mixup(Scheduled):
-    """A second image, as large as fits, blended in; the boxes of both stay (DEIM: 0.5, as mosaic)."""
+    """A second image, as large as fits, blended in; the boxes of both stay (DEIM: 0.5, as mosaic). Where mosaics are on
+    it is one as often as the first."""
 
     weight: tuple[Annotated[float, Field(gt=0, lt=1)], Annotated[float, Field(gt=0, lt=1)]] = (0.45, 0.55)
     """Weight of the image itself, least and greatest; the second one has the rest."""

@@ -107,7 +107,7 @@ class Strong:
 
     def most_boxes(self, of_one: int) -> int:
         """The greatest number of boxes in one image of a batch, where an image of the source has at most ``of_one``."""
-        return of_one * ((4 if _may(self.mosaic) else 1) + _may(self.mixup))
+        return of_one * (4 if _may(self.mosaic) else 1) * (2 if _may(self.mixup) else 1)
 
 
 KINDS = {
@@ -175,7 +175,7 @@ def strong_plan(
         or _zoom_and_crop(strong, slot)
         or slot.base()
     )
-    plan = _tried(strong.mixup, slot, seeds.MIXUP, partial(_mixup, plan=plan)) or plan
+    plan = _tried(strong.mixup, slot, seeds.MIXUP, partial(_mixup, plan=plan, mosaic=strong.mosaic)) or plan
     return _coloured(slot.draws(seeds.PHOTOMETRIC), strong.photometric, plan)
 
 
@@ -256,9 +256,17 @@ def _large_scale_jitter(rng: np.random.Generator, slot: _Slot, settings: LargeSc
 def _mosaic(rng: np.random.Generator, slot: _Slot, settings: Mosaic) -> Plan | None:
     """The image itself goes to a drawn quarter; the canvas is what it would have filled alone."""
     base = slot.base(slot.source.size_px(slot.index))
-    h, w = base.size_px
-    if min(h, w) < 2:
+    if min(base.size_px) < 2:
         return None
+    (_, plan), *others = _tiles(rng, slot, settings, slot.index, base.flip, base.size_px)
+    return replace(plan, layers=tuple(Layer(*other) for other in others), kinds=("mosaic",))
+
+
+def _tiles(
+    rng: np.random.Generator, slot: _Slot, settings: Mosaic, own: int, flip: bool, canvas_px: Size
+) -> list[tuple[int, Plan]]:
+    """Four images, ``own`` the first of them, and where each lies around a drawn point."""
+    h, w = canvas_px
     cy, cx = (
         min(max(round(side * (0.5 + rng.uniform(-settings.shift, settings.shift))), 1), side - 1) for side in (h, w)
     )
@@ -266,15 +274,14 @@ def _mosaic(rng: np.random.Generator, slot: _Slot, settings: Mosaic) -> Plan | N
     order = rng.permutation(4)
     others = rng.integers(len(slot.source), size=3)
     plans = []
-    for number, (index, quarter) in enumerate(zip([slot.index, *others.tolist()], order.tolist(), strict=True)):
-        flip = base.flip if number == 0 else rng.random() < slot.policy.flip
+    for number, (index, quarter) in enumerate(zip([own, *others.tolist()], order.tolist(), strict=True)):
+        turned = flip if number == 0 else bool(rng.random() < slot.policy.flip)
         size_px = slot.source.size_px(index)
         by = rng.uniform(*settings.scale)
         down, across = _fit(size_px, (h / 2, w / 2), slot.policy)
         first = max(1, round(size_px[0] * (down * by))), max(1, round(size_px[1] * (across * by)))
-        plans.append((index, _tile(rng, size_px, flip, quarters[quarter], base.size_px, first)))
-    layers = tuple(Layer(index, plan) for index, plan in plans[1:])
-    return replace(plans[0][1], layers=layers, kinds=("mosaic",))
+        plans.append((index, _tile(rng, size_px, turned, quarters[quarter], canvas_px, first)))
+    return plans
 
 
 def _fit(size_px: Size, into_px: tuple[float, float], policy: Augmentation) -> tuple[float, float]:
@@ -296,7 +303,8 @@ def _tile(
     return Plan(size_px, flip, first, crop, canvas_px, place_px=place)
 
 
-def _mixup(rng: np.random.Generator, slot: _Slot, settings: Mixup, plan: Plan) -> Plan:
+def _mixup(rng: np.random.Generator, slot: _Slot, settings: Mixup, plan: Plan, mosaic: Mosaic | None) -> Plan:
+    """A second image on top, which is a mosaic itself as often as the first."""
     index = int(rng.integers(len(slot.source)))
     flip = bool(rng.random() < slot.policy.flip)
     size_px, (h, w) = slot.source.size_px(index), plan.size_px
@@ -306,8 +314,11 @@ def _mixup(rng: np.random.Generator, slot: _Slot, settings: Mixup, plan: Plan) -
     )
     place = (int(rng.integers(h - height + 1)), int(rng.integers(w - width + 1)), height, width)
     second = Plan(size_px, flip, None, None, plan.size_px, place_px=place)
-    layer = Layer(index, second, 1 - rng.uniform(*settings.weight))
-    return replace(plan, layers=(*plan.layers, layer), kinds=(*plan.kinds, "mixup"))
+    weight, seconds = 1 - rng.uniform(*settings.weight), [(index, second)]
+    if mosaic is not None and min(h, w) > 1 and rng.random() < mosaic.probability:
+        seconds = _tiles(rng, slot, mosaic, index, flip, plan.size_px)
+    layers = tuple(Layer(*one, weight) for one in seconds)
+    return replace(plan, layers=(*plan.layers, *layers), kinds=(*plan.kinds, "mixup"))
 
 
 def _coloured(rng: np.random.Generator, settings: Photometric | None, plan: Plan) -> Plan:

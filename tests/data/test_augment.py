@@ -214,6 +214,28 @@ def test_mixup_weighs_both_and_keeps_both_boxes():
             assert values.max() <= 1 + 1e-6 and (not len(source.boxes[layer.index]) or (values >= 0.44).any())
 
 
+def test_the_second_image_of_a_mixup_is_a_mosaic_as_often_as_the_first():
+    """Dense one-to-one matching: 3.75 images on a canvas in the mean where both are drawn half of the time."""
+    source, settings = Boxes(50, boxes=2), {"mosaic": HALF["mosaic"], "mixup": HALF["mixup"]}
+    rows = [row[2] for row in plans(tasks(source, settings, end=100)).values()]
+    counts = [1 + len(plan.layers) for plan in rows]
+    assert set(counts) == {1, 2, 4, 5, 8} and np.mean(counts) == pytest.approx(3.75, abs=0.15)
+    for task in tasks(source, settings, end=12):
+        batch = make_batch(source, task, (0.0,) * 3, (1.0,) * 3)
+        for row, plan in enumerate(task.plans):
+            seconds = [layer for layer in plan.layers if layer.weight != 1]
+            assert len(seconds) in (0, 1, 4) and len({layer.weight for layer in seconds}) <= 1
+            covered = np.zeros(plan.size_px, int)
+            for layer in seconds:
+                top, left, h, w = layer.plan.place_px
+                covered[top : top + h, left : left + w] += 1
+            assert covered.max() <= 1, "no pixel is blended twice"
+            assert len(batch.targets[row].labels) <= 2 * 8
+    alone = plans(tasks(source, {"mosaic": HALF["mosaic"]}, end=100))
+    together = plans(tasks(source, settings, end=100))
+    assert all((row[2].kinds[:1] == ("mosaic",)) == ("mosaic" in alone[key][2].kinds) for key, row in together.items())
+
+
 # -- colours
 
 
@@ -313,7 +335,6 @@ def test_a_crop_of_iou_1_is_the_whole_image():
     settings = replace(settings, min_iou=(0.0, 1.0))
     rows = plans(tasks(Boxes(40, boxes=2), {"iou_crop": settings}, end=100)).values()
     assert np.mean([bool(row[2].kinds) for row in rows]) == pytest.approx(0.5, abs=0.06)
-    assert recipes.Augment().iou_crop.min_iou[-1] == 1.0
 
 
 def test_draws_of_one_do_not_move_those_of_another():
