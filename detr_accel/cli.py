@@ -120,6 +120,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--precision", default="float32", choices=["float32", "bf16", "fp16"], help="autocast as in training, or none"
     )
+    p.add_argument(
+        "--detections", type=Path, metavar="FILE", help="write all detections, with the data set's ids (COCO's results)"
+    )
     _model_options(p)
 
     p = verb("predict", _predict, "boxes, names and scores in images: pictures and COCO json")
@@ -320,7 +323,7 @@ def _eval(args, overrides) -> int:
 
     metrics, said = evaluation.evaluate_checkpoint(
         args.model, split=args.split, data_folder=args.data, decoder_layers=args.decoder_layers, device=args.device,
-        precision=args.precision, overrides=overrides, quiet=args.json,
+        precision=args.precision, overrides=overrides, detections=args.detections, quiet=args.json,
     )  # fmt: skip
     print(
         json.dumps(metrics.to_json() | {"notes": said}, indent=1) if args.json else "\n".join([*said, metrics.table()])
@@ -336,7 +339,7 @@ def _predict(args, _) -> int:
         device=args.device, quiet=args.json,
     )  # fmt: skip
     print(json.dumps(summary, indent=1) if args.json else "\n".join(summary["notes"]))
-    return 1 if summary["skipped"] else 0
+    return 1 if summary["skipped"] or summary["not_finite"] else 0
 
 
 def _plan(args, overrides) -> int:

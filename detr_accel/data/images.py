@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,32 +27,46 @@ def _found(path: Path) -> list[Path]:
         raise UserError(f"there is no image {path}; give files or folders that are there")
     if not path.is_dir():
         return [path]
-    found = sorted(p for p in path.iterdir() if p.suffix.lower() in EXTENSIONS and p.is_file())
+    found = sorted(p for p in path.iterdir() if p.suffix.lower() in EXTENSIONS and not p.is_dir())
     if not found:
-        raise UserError(f"folder {path} holds no image ({', '.join(EXTENSIONS)}); give files, or another folder")
+        inside = "; folders in it are not entered" if any(p.is_dir() for p in path.iterdir()) else ""
+        raise UserError(f"folder {path} holds no image ({', '.join(EXTENSIONS)}){inside}; give files or another folder")
     return found
+
+
+def _passed_over(path: Path) -> Counter[str]:
+    """What is in a folder beside images: how many folders, and files of each ending."""
+    if not path.is_dir():
+        return Counter()
+    others = (p for p in path.iterdir() if p.is_dir() or p.suffix.lower() not in EXTENSIONS)
+    return Counter("folders" if p.is_dir() else p.suffix.lower() or "no ending" for p in others)
 
 
 class ImageFiles:
     """Files as a viewer shows them (an EXIF rotation is applied). Image ids are 1, 2, ... in the given order.
 
     A file whose header cannot be read keeps its id and is no part of the source: ``skipped`` has its name and why.
+    ``passed_over`` counts what else was in the folders.
 
     Args:
         paths: files, or folders of which every image is taken, by name.
+        progress: wraps the files whose headers are read, to show how far it is (a PNG is decoded for it).
     Raises:
         UserError: nothing there, no image in a folder, or no file that is an image.
     """
 
     classes = Classes((), ())
 
-    def __init__(self, paths: Sequence[str | Path]):
+    def __init__(
+        self, paths: Sequence[str | Path], progress: Callable[[list[Path]], Iterable[Path]] = lambda files: files
+    ):
         self.paths: list[Path] = []
         self.skipped: list[tuple[str, str]] = []
         self._sizes: list[tuple[int, int]] = []
         self._ids: list[int] = []
         files = [file for path in paths for file in _files(Path(path))]
-        for number, file in enumerate(files, start=1):
+        self.passed_over = sum((_passed_over(Path(path)) for path in paths), Counter())
+        for number, file in enumerate(progress(files), start=1):
             try:
                 self._sizes.append(header_size(file, upright=True))
             except UserError as error:

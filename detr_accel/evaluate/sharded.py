@@ -66,6 +66,7 @@ def run(
     Raises:
         UserError: on every process alike, when an image is missing or counted twice or the prediction failed somewhere.
     """
+    keep = set(keep_images)
     share, failure = _predict_share(predict, progress(batches))
     shares = gather([share])
     kept: dict[int, Detections] = {}
@@ -80,7 +81,7 @@ def run(
                 backend=backend,
             )  # fmt: skip
             outcome = replace(outcome, lost=lost)
-            kept = {d.image_id: d for d in detections if d.image_id in set(keep_images)}
+            kept = {d.image_id: d for d in detections if d.image_id in keep}
         except Exception as error:  # told to all, so that no process goes on alone
             outcome = str(error) if isinstance(error, UserError) else f"scoring failed: {type(error).__name__}: {error}"
             failure = failure if isinstance(error, UserError) else error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from detr_accel import data, evaluate
 from detr_accel import recipe as recipes
 from detr_accel.infer.detector import Detector, load
 from detr_accel.monitor.memory import is_out_of_memory
-from detr_accel.structures import UserError
+from detr_accel.structures import Detections, UserError, writing
 
 
 def evaluate_checkpoint(
@@ -23,6 +25,7 @@ def evaluate_checkpoint(
     device: str = "auto",
     precision: str = "float32",
     overrides: Sequence[str] = (),
+    detections: Path | None = None,
     quiet: bool = False,
 ) -> tuple[evaluate.Metrics, list[str]]:
     """Evaluate a run or a checkpoint.
@@ -33,11 +36,19 @@ def evaluate_checkpoint(
             Classes are matched by name.
         decoder_layers, device, precision: see ``detector.load``.
         overrides: ``key=value`` for the checkpoint's recipe, in its sections data and evaluate.
+        detections: a new file for what was found, in COCO's result format with the data set's own ids.
     Returns:
         the metrics, and the sentences that say what was evaluated on what, and how.
     Raises:
         UserError: anything the person can mend, in one sentence.
     """
+    if detections is not None:
+        if detections.exists():
+            raise UserError(f"{detections} exists already: choose another path or remove it first")
+        with writing(detections):  # now, and not after an hour
+            detections.parent.mkdir(parents=True, exist_ok=True)
+            detections.touch()
+            detections.unlink()
     detector = load(path, decoder_layers=decoder_layers, device=device, precision=precision)
     for text in overrides:
         if text.partition("=")[0].strip().split(".")[0] not in ("data", "evaluate"):
@@ -55,13 +66,33 @@ def evaluate_checkpoint(
             max_detections=recipe.evaluate.max_detections, num_queries=recipe.model.num_queries,
             backend=recipe.evaluate.backend,
             progress=lambda it: tqdm(it, total=total, desc="evaluate", unit="batch", disable=quiet or None),
+            keep_images=[source.image_id(i) for i in range(len(source))] if detections is not None else (),
         )  # fmt: skip
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         raise UserError(f"evaluation ran out of memory: {_smaller(recipe.evaluate.batch)}") from error
     lost = [f"left out of the evaluation: {why}" for why in metrics.lost.values()]
+    if detections is not None:
+        lost.append(_write(detections, metrics.kept, to_category))
     return metrics, [*detector.notes, f"data: {data.describe(source)}", *said, *lost, _precision_note(detector)]
+
+
+def _write(path: Path, found: dict[int, Detections], to_category: dict[int, int]) -> str:
+    rows = [
+        {"image_id": image_id, "category_id": to_category[label], "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
+        for image_id, one in found.items()
+        for label, score, (x0, y0, x1, y1) in zip(
+            one.labels.tolist(), one.scores.tolist(), one.boxes_xyxy_px.tolist(), strict=True
+        )
+        if label in to_category and math.isfinite(score + x0 + y0 + x1 + y1)
+    ]
+    try:
+        with writing(path):
+            path.write_text(json.dumps(rows), encoding="utf-8")
+    except UserError as error:  # the figures are there all the same
+        return f"beware: {error}"
+    return f"wrote {path}: {len(rows)} detections in COCO's result format"
 
 
 def _smaller(batch: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -34,48 +35,69 @@ def predict(
         path: run, checkpoint or converted weights; see ``detector.load``.
         images: files, or folders of which every image is taken.
         out: folder for one picture per image and ``detections.json`` (a list in COCO's result format, each row with its
-            file_name; boxes are [left, top, width, height] in pixels of the file).
+            file_name; boxes are [left, top, width, height] in pixels of the file; image_id counts the files from 1).
+            Where the prediction ends early, the list has what was found until then.
         threshold: least score, 0..1; None takes the one stored with the checkpoint, the best F1 on its validation set.
     Returns:
         counts, notes as printed by the command line, and ``skipped``: the files that could not be read, each with why.
     Raises:
-        UserError: no images, an output folder that is also an input or cannot be written, an impossible threshold.
+        UserError: no images, an output folder that is also an input, has another prediction or cannot be written, an
+            impossible threshold.
     """
     if threshold is not None and not 0 <= threshold <= 1:  # NaN is not, either
         raise UserError(f"--threshold {threshold} is no score: give a number from 0 to 1")
-    source = data.ImageFiles(images)
-    _check_out(out, images, source)
     detector = load(path, decoder_layers=decoder_layers, device=device)
+    source = data.ImageFiles(images, lambda files: tqdm(files, "look", unit="file", delay=2, disable=quiet or None))
+    _check_out(out, images, source)
     threshold, why = _threshold(threshold, detector)
-    skipped, rows, undrawn = list(source.skipped), [], []
+    found = _Found(list(source.skipped))
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    for index, found in enumerate(_found(detector, source, threshold, quiet)):
+    try:
+        _find(detector, source, threshold, quiet, out, found)
+    finally:
+        with writing(out):
+            (out / "detections.json").write_text(json.dumps(found.rows, indent=1), encoding="utf-8")
+    return _summary(detector, source, found, threshold, why, out)
+
+
+@dataclass
+class _Found:
+    """What a prediction comes to."""
+
+    skipped: list[tuple[str, str]]  # files that could not be read, each with why
+    rows: list[dict] = field(default_factory=list)
+    undrawn: list[str] = field(default_factory=list)
+    not_finite: list[str] = field(default_factory=list)  # files over which the model said numbers that are none
+
+
+def _find(
+    detector: Detector, source: data.ImageFiles, threshold: float, quiet: bool, out: Path, told: _Found
+) -> None:
+    for index, found in enumerate(_found(detector, source, quiet)):
         name = source.name(index)
         try:
             if isinstance(found, UserError):
                 raise found
-            picture = draw(source.sample(index).image, found, detector.classes)
+            picture = source.sample(index).image
         except UserError as error:
-            skipped.append((name, str(error)))
+            told.skipped.append((name, str(error)))
             continue
-        rows += _coco_rows(found, name, detector.classes)
+        if not (np.isfinite(found.scores).all() and np.isfinite(found.boxes_xyxy_px).all()):
+            told.not_finite.append(name)
+        found = _above(found, threshold, detector.classes)
+        told.rows += _coco_rows(found, name, detector.classes)
         with writing(out):
             try:
-                picture.save(out / _picture_name(name, found.image_id), quality=92)
+                draw(picture, found, detector.classes).save(out / _picture_name(name, found.image_id), quality=92)
             except OSError as error:
                 if error.errno is not None:
                     raise
-                undrawn.append(name)  # a JPEG has 65,500 pixels a side at most
-    with writing(out):
-        (out / "detections.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    return _summary(detector, rows, len(source.paths) + len(source.skipped), skipped, undrawn, threshold, why, out)
+                told.undrawn.append(name)  # a JPEG has 65,500 pixels a side at most
 
 
-def _found(
-    detector: Detector, source: data.ImageFiles, threshold: float, quiet: bool
-) -> Iterator[Detections | UserError]:
-    """What is in each image above the threshold, or why it cannot be read."""
+def _found(detector: Detector, source: data.ImageFiles, quiet: bool) -> Iterator[Detections | UserError]:
+    """What is in each image, or why it cannot be read."""
     recipe = detector.recipe.model_copy(deep=True)
     recipe.evaluate.batch = 1  # an image's boxes do not depend on what it was padded with
     mean, std = detector.model.mean, detector.model.std
@@ -93,19 +115,14 @@ def _found(
                 more = "; --device cpu may have more" if detector.device.type == "cuda" else ""
                 yield UserError(f"memory ran out over {w}x{h} pixels{more}")
             else:
-                yield _above(found, threshold, detector.classes)
+                yield found
 
 
 def _summary(
-    detector: Detector,
-    rows: list[dict],
-    given: int,
-    skipped: list[tuple[str, str]],
-    undrawn: list[str],
-    threshold: float,
-    why: str,
-    out: Path,
+    detector: Detector, source: data.ImageFiles, found: _Found, threshold: float, why: str, out: Path
 ) -> dict:
+    skipped, rows, undrawn, not_finite = found.skipped, found.rows, found.undrawn, found.not_finite
+    given = len(source.paths) + len(source.skipped)
     done = given - len(skipped)
     notes = [
         *detector.notes,
@@ -114,20 +131,35 @@ def _summary(
     ]
     if undrawn:
         notes.append(f"no picture of {', '.join(undrawn)}, as a JPEG cannot be so large; their objects are in the list")
+    if source.passed_over:
+        others = ", ".join(f"{count} {what}" for what, count in source.passed_over.most_common(6))
+        notes.append(f"not looked at, beside the images: {others}")
+    if not_finite:
+        some = ", ".join(not_finite[:3]) + ", ..." * (len(not_finite) > 3)
+        notes.append(
+            f"beware: the model's numbers are not finite over {len(not_finite)} images ({some}), and what is not is "
+            "left out: look at the weights"
+        )
     if skipped:
         notes += [f"skipped {len(skipped)} of {given} files:", *(f"    {reason}" for _, reason in skipped)]
     return {
         "images": done, "objects": len(rows), "threshold": threshold, "out": str(out),
         "skipped": [{"file_name": name, "reason": reason} for name, reason in skipped], "undrawn": undrawn,
-        "notes": notes,
+        "not_finite": not_finite, "notes": notes,
     }  # fmt: skip
 
 
 def _check_out(out: Path, given: Sequence[str | Path], source: data.ImageFiles) -> None:
     """
     Raises:
-        UserError: a later run would take the pictures for images, or a picture would take an image's place.
+        UserError: a later run would take the pictures for images, a picture would take an image's place, or there is a
+            prediction already.
     """
+    if (out / "detections.json").is_file():
+        raise UserError(
+            f"--out {out} holds a prediction already, and its pictures would be mixed with those of this one: choose "
+            "another folder, or remove it first"
+        )
     if any(Path(path).is_dir() and Path(path).resolve() == out.resolve() for path in given):
         raise UserError(
             f"--out {out} is also a folder of images, and pictures would be mixed with them: choose another"
@@ -155,15 +187,15 @@ def _threshold(asked: float | None, detector: Detector) -> tuple[float, str]:
 
 
 def _above(found: Detections, threshold: float, classes: Classes) -> Detections:
-    """What scores enough and has a category: the published heads have labels that no category uses."""
+    """What scores enough, has finite numbers and a category: the published heads have labels that no category uses."""
     used = np.array([category is not None for category in classes.category_ids])
-    keep = (found.scores >= threshold) & used[found.labels]
+    keep = (found.scores >= threshold) & used[found.labels] & np.isfinite(found.boxes_xyxy_px).all(-1)
     return Detections(found.image_id, found.scores[keep], found.labels[keep], found.boxes_xyxy_px[keep])
 
 
 def _picture_name(name: str, image_id: int) -> str:
     stem = Path(name).stem.encode(errors="surrogateescape")[:200].decode(errors="replace")  # a name has 255 bytes
-    return f"{image_id - 1:05d}_{stem}.jpg"
+    return f"{image_id:05d}_{stem}.jpg"
 
 
 def _coco_rows(found: Detections, name: str, classes: Classes) -> list[dict]:

@@ -32,6 +32,12 @@ def test_a_folder_without_images_and_a_file_that_is_none_are_named(tmp_path):
         ImageFiles([tmp_path])
 
 
+def test_a_folder_of_folders_says_that_they_are_not_entered(tmp_path):
+    (tmp_path / "deeper").mkdir()
+    with pytest.raises(UserError, match="holds no image .*; folders in it are not entered; give files"):
+        ImageFiles([tmp_path])
+
+
 def test_a_file_that_is_no_image_is_skipped_with_its_reason_and_keeps_its_number(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"no")
     _picture(tmp_path / "b.png")

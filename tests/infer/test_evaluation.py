@@ -173,6 +173,34 @@ def test_a_data_set_that_has_moved_keeps_the_runs_own_split(tmp_path, make_run, 
         evaluated(checkpoint, overrides=["model.num_queries=5"])
 
 
+def test_what_an_evaluation_found_is_written_with_the_data_sets_own_ids(tmp_path, make_run, make_coco, capsys):
+    """pycocotools reads the file against the annotations, and comes to the same AP."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    root = make_coco(tmp_path / "mine", 4, split="val")
+    make_run()
+    command = ["eval", str(tmp_path / "run"), "--data", str(root), "--device", "cpu", "--json"]
+    assert cli.main([*command, "--detections", str(tmp_path / "first.json")]) == 0
+    labels, rows = root / "val" / "_annotations.coco.json", json.loads((tmp_path / "first.json").read_text())
+    boxes = [{**row, "id": i, "iscrowd": 0, "area": row["bbox"][2] * row["bbox"][3]} for i, row in enumerate(rows, 1)]
+    labels.write_text(json.dumps(json.loads(labels.read_text()) | {"annotations": boxes[::3]}))  # some are right
+    capsys.readouterr()
+    assert cli.main([*command, "--detections", str(tmp_path / "out" / "found.json")]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert any("detections in COCO's result format" in line for line in told["notes"])
+    truth = COCO(str(labels))
+    theirs = COCOeval(truth, truth.loadRes(str(tmp_path / "out" / "found.json")), "bbox")
+    theirs.evaluate()
+    theirs.accumulate()
+    theirs.summarize()
+    assert theirs.stats[8] == pytest.approx(told["AR100"], abs=1e-6) and told["AR100"] > 0
+    assert theirs.stats[0] == pytest.approx(told["AP"], abs=1e-4)
+    capsys.readouterr()
+    assert cli.main([*command, "--detections", str(tmp_path / "out" / "found.json")]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
 def test_memory_that_runs_out_in_an_evaluation_is_one_sentence(tmp_path, make_run, make_coco, monkeypatch):
     checkpoint = make_run(make_coco(tmp_path / "mine", 10))
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from detr_accel import cli
+from detr_accel.infer import predict
 from detr_accel.infer.detector import Detector
 from detr_accel.infer.predict import DEFAULT_THRESHOLD, _above, draw
 from detr_accel.structures import Classes, Detections
@@ -98,20 +99,20 @@ def test_a_file_that_cannot_be_read_is_skipped_and_named_and_the_rest_is_found(
     assert told["notes"][-3] == "skipped 2 of 4 files:"
     rows = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert {(r["image_id"], r["file_name"]) for r in rows} == {(1, str(photos / "0.png")), (3, str(photos / "1.png"))}
-    assert sorted(p.name for p in (tmp_path / "out").glob("*.jpg")) == ["00000_0.jpg", "00002_1.jpg"]
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.jpg")) == ["00001_0.jpg", "00003_1.jpg"]
 
 
 def test_pictures_are_never_mixed_with_the_images(make_run, tmp_path, photos, capsys):
     make_run()
     command = ["predict", str(tmp_path / "run"), str(photos), "--out", str(photos / "../photos")]
     assert cli.main(command) == 2 and "is also a folder of images" in capsys.readouterr().err
-    (photos / "0.png").rename(photos / "00000_0.jpg")
+    (photos / "0.png").rename(photos / "00001_0.jpg")
     (photos / "1.png").rename(photos / "0.png")
     command = [
         "predict",
         str(tmp_path / "run"),
         str(photos / "0.png"),
-        str(photos / "00000_0.jpg"),
+        str(photos / "00001_0.jpg"),
         "--out",
         str(photos),
     ]
@@ -141,7 +142,7 @@ def test_an_output_folder_that_cannot_be_written_is_one_sentence(make_run, tmp_p
 def test_boxes_are_drawn_where_they_were_found(make_run, predicted):
     make_run()
     rows, _, out = predicted("--threshold", "0.5")
-    assert sorted(p.name for p in out.glob("*.jpg")) == ["00000_0.jpg", "00001_1.jpg"] and rows
+    assert sorted(p.name for p in out.glob("*.jpg")) == ["00001_0.jpg", "00002_1.jpg"] and rows
     for index, path in enumerate(sorted(out.glob("*.jpg"))):
         picture = np.asarray(Image.open(path).convert("RGB")).astype(int)
         drawn = np.abs(picture - GREY).max(2) > 24  # JPEG alone moves a grey by less
@@ -183,6 +184,62 @@ def test_a_long_name_and_a_picture_too_large_for_a_jpeg_cost_nothing(make_run, t
     rows = json.loads((tmp_path / "found" / "detections.json").read_text())
     assert len({row["file_name"] for row in rows}) == 4
     assert len(list((tmp_path / "found").glob("*.jpg"))) == 3
+
+
+def test_two_predictions_are_never_mixed(make_run, predicted, tmp_path, photos, capsys):
+    make_run()
+    predicted()
+    before = (tmp_path / "found" / "detections.json").read_bytes()
+    command = ["predict", str(tmp_path / "run"), str(photos), "--out", str(tmp_path / "found"), "--device", "cpu"]
+    assert cli.main(command) == 2 and "holds a prediction already" in capsys.readouterr().err
+    assert (tmp_path / "found" / "detections.json").read_bytes() == before
+
+
+def test_a_prediction_that_is_stopped_leaves_the_list_of_what_it_has(make_run, photos, tmp_path, monkeypatch):
+    make_run()
+    plain, done = Detector.__call__, []
+
+    def stopped(self, *args):
+        if done:
+            raise KeyboardInterrupt
+        done.append(1)
+        return plain(self, *args)
+
+    monkeypatch.setattr(Detector, "__call__", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        predict.predict(tmp_path / "run", [photos], out=tmp_path / "found", threshold=0, device="cpu", quiet=True)
+    rows = json.loads((tmp_path / "found" / "detections.json").read_text())
+    assert {row["image_id"] for row in rows} == {1} and len(list((tmp_path / "found").glob("*.jpg"))) == 1
+
+
+def test_numbers_that_are_none_are_left_out_and_said(make_run, photos, tmp_path, capsys, monkeypatch):
+    make_run()
+    plain = Detector.__call__
+
+    def broken(self, *args):
+        (found,) = plain(self, *args)
+        found.scores[0], found.boxes_xyxy_px[1] = np.nan, np.inf
+        return [found]
+
+    monkeypatch.setattr(Detector, "__call__", broken)
+    command = ["predict", str(tmp_path / "run"), str(photos), "--out", str(tmp_path / "found"), "--threshold", "0"]
+    assert cli.main([*command, "--device", "cpu"]) == 1
+    assert "numbers are not finite over 2 images" in capsys.readouterr().out
+    text = (tmp_path / "found" / "detections.json").read_text()
+    assert len(json.loads(text)) == 120 - 4 and "NaN" not in text and "Infinity" not in text
+
+
+def test_what_is_not_looked_at_in_a_folder_is_counted(make_run, photos, tmp_path, capsys):
+    make_run()
+    (photos / "more").mkdir()
+    (photos / "a.heic").write_bytes(b"x")
+    (photos / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    command = ["predict", str(tmp_path / "run"), str(photos), "--out", str(tmp_path / "found"), "--device", "cpu"]
+    assert cli.main(command) == 1
+    said = capsys.readouterr().out
+    (line,) = (line for line in said.splitlines() if line.startswith("not looked at, beside the images: "))
+    assert set(line.partition(": ")[2].split(", ")) == {"1 folders", "1 .heic"}
+    assert "skipped 1 of 3 files" in said and "gone.jpg" in said
 
 
 def test_labels_that_no_category_uses_are_not_found():
