@@ -116,7 +116,7 @@ def write(loaded: Loaded, path: str | Path, to: str = "ours", cut_head: bool = F
     if cut_head:
         loaded, line = _cut(loaded)
         lines.append(line)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with writing(path, SafetensorError, RuntimeError):  # torch.save says "enforce fail" of a full disk
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -172,7 +172,8 @@ def _read_file(path: Path, dc5: bool | None, num_heads: int | None) -> Loaded:
     else:
         content = _unpickle_tensors(path)
     state, place = _weights_in(content)
-    beside = sorted(set(content) - {place.partition(".")[0], _EXTRA}) if place else []
+    twice = {"model"} if place == "ema.module" and _same(content.get("model"), state) else set()
+    beside = sorted(set(content) - {place.partition(".")[0], _EXTRA} - twice) if place else []
     if not state or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
         raise UserError(f"{path} holds no state dict: expected tensors by name, or such a dict under 'model'")
     extra = content.get(_EXTRA) if place else None
@@ -183,6 +184,13 @@ def _read_file(path: Path, dc5: bool | None, num_heads: int | None) -> Loaded:
     if beside:
         loaded.report.append(f"left out of {path.name}: {', '.join(beside)} (not part of the model)")
     return loaded
+
+
+def _same(one: Any, other: dict[str, Any]) -> bool:
+    """Whether two entries of a file are one and the same weights, as ``rtdetr_official.content`` writes them."""
+    return isinstance(one, dict) and one.keys() == other.keys() and all(
+        torch.is_tensor(v) and v.data_ptr() == other[k].data_ptr() for k, v in one.items()
+    )
 
 
 def _weights_in(content: dict[str, Any]) -> tuple[Any, str]:
@@ -296,6 +304,10 @@ def _write_official(loaded: Loaded, path: Path) -> list[str]:
         )
     content = {"model": to_official(loaded.state_dict)}
     lines = _counter_lines(loaded)
+    if loaded.recipe.data.square:
+        lines.append("beware: this detector was trained on squares, and the original keeps an image's shape")
+    if told.backbone.pixels == "unit":
+        lines.append("beware: this detector's images are not normalised, the original's are: take that out there")
     if loaded.classes != coco_91() or told.backbone.dc5 or told.num_heads != 8:
         content[_EXTRA] = {"classes": loaded.classes.to_json(), "recipe": recipes.dumps(loaded.recipe)}
         lines.append(f"class table and recipe: kept in the entry {_EXTRA}, which the official code does not read")

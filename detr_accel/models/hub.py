@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from detr_accel.structures import UserError, first_line
+from detr_accel.structures import UserError, first_line, writing
 
 _FILES = ["model.safetensors", "config.json", "preprocessor_config.json", "recipe.yaml", "classes.json", "meta.json"]
 _PATIENCE_SECONDS = 10.0
@@ -25,11 +26,11 @@ def fetch(hub_id: str, out: str | Path | None = None) -> Path:
 
     Args:
         hub_id: such as ``facebook/detr-resnet-101``, optionally ``@REVISION``.
-        out: a folder for a copy of the files, to be carried to a machine without network.
+        out: a new folder for a copy of the files, to be carried to a machine without network.
     Returns:
         the folder with the files.
     Raises:
-        UserError: no such model, no network and not cached, or a model without safetensors.
+        UserError: no such model, no network and not cached, a model without safetensors, or ``out`` is taken.
     """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
@@ -40,10 +41,11 @@ def fetch(hub_id: str, out: str | Path | None = None) -> Path:
     )
 
     name, _, revision = hub_id.partition("@")
-    copy = str(out) if out is not None else None
+    if out is not None and Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+        raise UserError(f"{out} exists already: choose another path or remove it first")
     try:
         with offline_if_unreachable():
-            folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=_FILES, local_dir=copy))
+            folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=_FILES))
     except LocalEntryNotFoundError:
         raise UserError(_not_here(hub_id, constants.HF_HUB_CACHE)) from None
     except (RepositoryNotFoundError, HFValidationError):
@@ -56,7 +58,22 @@ def fetch(hub_id: str, out: str | Path | None = None) -> Path:
         if constants.HF_HUB_OFFLINE:
             raise UserError(_not_here(hub_id, constants.HF_HUB_CACHE))
         raise UserError(f"{hub_id} has no model.safetensors: only detectors published as safetensors can be read")
-    return folder
+    return folder if out is None else _copied(folder, Path(out))
+
+
+def _copied(folder: Path, out: Path) -> Path:
+    """Into a folder that is new or empty, perhaps a mount point; the weights last, so that half a copy is none."""
+    names = [name for name in reversed(_FILES) if (folder / name).is_file()]
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            for name in names:
+                shutil.copyfile(folder / name, out / name)  # the cache has links
+        except BaseException:
+            for name in names:
+                (out / name).unlink(missing_ok=True)
+            raise
+    return out
 
 
 @contextmanager

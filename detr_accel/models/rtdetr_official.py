@@ -90,8 +90,9 @@ def content(loaded: Loaded) -> tuple[dict[str, Any], list[str]]:
         theirs |= _buffers(model, height, width)
         lines.append(f"anchors: for images of {height} x {width}, which must be eval_spatial_size there")
     lines += _to_be_told(loaded)
-    place = loaded.meta.get("place", "ema.module")  # the average is what the original's evaluation looks at
-    found: dict[str, Any] = {"ema": {"module": theirs}} if place == "ema.module" else {"model": theirs}
+    place = loaded.meta.get("place", "both")  # which one the original takes is its config's use_ema
+    found: dict[str, Any] = {"ema": {"module": theirs}} if place in ("ema.module", "both") else {}
+    found |= {"model": theirs} if place in ("model", "both") else {}
     found = found if place else theirs
     told = Told(num_points=tuple(model.rtdetr.num_points) if version == 2 else None)
     same_size = version == 2 or rtdetr_architecture.side_of(loaded.recipe.data) == PUBLISHED_SIDE

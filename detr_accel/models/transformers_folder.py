@@ -17,6 +17,7 @@ from detr_accel.models.coco_classes import COCO_NAMES, NUM_LABELS, coco_91
 from detr_accel.models.keymaps import MASKED, from_transformers, is_counter, is_masked, to_transformers
 from detr_accel.models.rtdetr_folder import MEAN, STD
 from detr_accel.models.weights import Loaded
+from detr_accel.recipe import Recipe
 from detr_accel.structures import Classes, UserError
 
 _KEPT_CONFIG = "transformers_config"
@@ -53,7 +54,7 @@ def read(folder: Path) -> Loaded:
         dropout=config.get("dropout", 0.1),
     )
     classes = _classes(config, len(state["class_embed.bias"]) - 1, folder, report)
-    _check_normalisation(folder, report)
+    recipe = _with_preprocessor(recipe, folder, report)
     meta = {"weights": "raw", "source": folder.name, "format": "transformers", _KEPT_CONFIG: config}
     return Loaded(state, recipe, classes, meta, folder, report)
 
@@ -126,14 +127,40 @@ def _classes(config: dict, num_labels: int, folder: Path, report: list[str]) -> 
     return rtdetr_folder.class_table(config, [table[i] for i in range(num_labels)])
 
 
-def _check_normalisation(folder: Path, report: list[str]) -> None:
+def _with_preprocessor(recipe: Recipe, folder: Path, report: list[str]) -> Recipe:
+    """The recipe, with sizes and normalisation of preprocessor_config.json; what ours has not is in the report."""
     path = folder / "preprocessor_config.json"
     if not path.is_file():
-        return
+        return recipe
     told = rtdetr_folder.read_table(path)
+    sizes = _sizes(told)
+    if sizes is None:
+        known = f"{recipe.data.eval_size} on the short side, at most {recipe.data.eval_max_size} on the long one"
+        report.append(f"beware: its images are resized to {told.get('size')}, here to {known}")
+    else:
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=sizes)})
+    if not told.get("do_normalize", True):
+        backbone = recipe.model.backbone.model_copy(update={"pixels": "unit"})
+        return recipe.model_copy(update={"model": recipe.model.model_copy(update={"backbone": backbone})})
     mean, std = told.get("image_mean", MEAN), told.get("image_std", STD)
     if not (_are_levels(mean, MEAN) and _are_levels(std, STD)):
         report.append(f"beware: its images are normalised with mean {mean} and std {std}, here with {MEAN} and {STD}")
+    return recipe
+
+
+def _sizes(preprocessor: dict) -> dict[str, Any] | None:
+    """What its ``size`` is in keys of ``data``; None where there are none for it."""
+    size = preprocessor.get("size", {"shortest_edge": 800, "longest_edge": 1333})
+    if type(size) is int:  # of old: the short side
+        size = {"shortest_edge": size, "longest_edge": preprocessor.get("max_size", 1333)}
+    if not isinstance(size, dict) or not all(type(value) is int and value > 0 for value in size.values()):
+        return None
+    if size.keys() == {"shortest_edge", "longest_edge"}:
+        return {"eval_size": size["shortest_edge"], "eval_max_size": size["longest_edge"], "square": False}
+    if size.keys() == {"height", "width"} and size["height"] == size["width"]:
+        side = size["height"]
+        return {"eval_size": side, "eval_max_size": max(side, 1333), "square": True}
+    return None
 
 
 def _are_levels(found: Any, known: list[float]) -> bool:
@@ -169,14 +196,16 @@ def _config(loaded: Loaded) -> dict:
 def _preprocessor(loaded: Loaded) -> dict:
     data = loaded.recipe.data
     mean, std = _mean_std(loaded.recipe.model.backbone.name)
+    side, square = min(data.eval_size, data.eval_max_size), data.square
+    edges = {"shortest_edge": data.eval_size, "longest_edge": data.eval_max_size}
     return {
         "image_processor_type": "DetrImageProcessor",
         "format": "coco_detection",
         "do_resize": True,
-        "size": {"shortest_edge": data.eval_size, "longest_edge": data.eval_max_size},
+        "size": {"height": side, "width": side} if square else edges,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
-        "do_normalize": True,
+        "do_normalize": loaded.recipe.model.backbone.pixels != "unit",
         "image_mean": list(mean),
         "image_std": list(std),
         "do_pad": True,

@@ -492,6 +492,12 @@ def test_a_cached_detector_is_found_without_network(pth, tmp_path):
         tmp_path / "home",
     ).split()
     assert out == [str(repo / "snapshots" / ("0" * 40)), "91"]
+    (tmp_path / "out").mkdir()
+    copy = f"from detr_accel.models import convert\nprint(convert.fetch('someone/detr', {str(tmp_path / 'out')!r}))"
+    assert offline(copy, tmp_path / "home").split() == [str(tmp_path / "out")]
+    assert len(convert.read(tmp_path / "out").classes) == 91
+    with pytest.raises(UserError, match="out exists already"):
+        convert.fetch("someone/detr", tmp_path / "out")
 
 
 def test_a_path_that_is_begun_here_is_no_hub_id(tmp_path, monkeypatch):

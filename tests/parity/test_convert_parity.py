@@ -3,6 +3,7 @@ it writes, and nothing changes on the way there and back. Widths are small; the 
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -262,6 +263,57 @@ def test_other_pixels_are_told_whatever_stands_there(tmp_path):
     path.write_text("[]")
     with pytest.raises(UserError, match="is no table of settings"):
         convert.read(tmp_path / "hf")
+
+
+def with_data(loaded, square, pixels, **sizes):
+    recipe = loaded.recipe
+    data = recipe.data.model_copy(update={"square": square, **sizes})
+    backbone = recipe.model.backbone.model_copy(update={"pixels": pixels})
+    model = recipe.model.model_copy(update={"backbone": backbone})
+    loaded.recipe = recipe.model_copy(update={"data": data, "model": model})
+    return loaded
+
+
+@pytest.mark.parametrize("square", [False, True])
+@pytest.mark.parametrize("pixels", ["timm", "unit"])
+def test_what_is_done_to_images_goes_there_and_back_and_is_what_transformers_does(tmp_path, square, pixels):
+    loaded = with_data(ours("resnet18.tv_in1k")[1], square, pixels, eval_size=160, eval_max_size=240)
+    convert.write(loaded, tmp_path / "hf", to="transformers")
+    back = convert.read(tmp_path / "hf").recipe
+    assert (back.data.square, back.data.eval_size, back.model.backbone.pixels) == (square, 160, pixels)
+    image = np.full((100, 200, 3), 128, np.uint8)
+    processor = transformers.DetrImageProcessor.from_pretrained(tmp_path / "hf")
+    theirs = processor(image, return_tensors="pt")["pixel_values"]
+    assert theirs.shape[2:] == ((160, 160) if square else (120, 240))
+    wanted = 128 / 255 if pixels == "unit" else (128 / 255 - 0.406) / 0.225
+    assert theirs.max().item() == pytest.approx(wanted, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "size, known",
+    [
+        (600, (600, 1333, False)),
+        ({"height": 480, "width": 480}, (480, 1333, True)),
+        ({"shortest_edge": 480, "longest_edge": 600}, (480, 600, False)),
+        ({"max_height": 480, "max_width": 480}, None),
+        ({"height": 480, "width": 640}, None),
+        ("large", None),
+    ],
+)
+def test_sizes_of_a_transformers_folder_are_taken_or_told(tmp_path, size, known):
+    convert.write(ours("resnet18.tv_in1k")[1], tmp_path / "hf", to="transformers")
+    path = tmp_path / "hf" / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"size": size}))
+    back = convert.read(tmp_path / "hf")
+    data, told = back.recipe.data, [line for line in back.report if "beware: its images are resized to" in line]
+    assert (data.eval_size, data.eval_max_size, data.square) == (known or (800, 1333, False))
+    assert bool(told) == (known is None)
+
+
+def test_what_the_original_would_do_otherwise_is_told(tmp_path):
+    loaded = with_data(ours("resnet18.tv_in1k")[1], True, "unit")
+    lines = convert.write(loaded, tmp_path / "own.pth", to="official")
+    assert sum("beware: this detector" in line for line in lines) == 2
 
 
 def test_a_panoptic_detector_is_refused_in_one_sentence(tmp_path):
