@@ -20,6 +20,7 @@ BLOCK = 100  # windows whose mean loss is remembered for longer
 MOST_BLOCKS = 400
 DETR_LR, DETR_BATCH = 1e-4, 16
 OF_LOSSES = ("loss_giou", "class_error", "box_spread", "image_spread")
+STARTS = {"loss": "start", "loss_giou": "start_giou"}  # what is remembered of the first BLOCK windows, and as what
 FULL_LR = 0.9  # of optim.lr: what counts as not yet lowered
 
 
@@ -67,18 +68,20 @@ class Past:
         self.machine = [*self.machine[-49:], (stats.seconds, stats.wait_seconds, stats.loader)]
         if not (stats.accepted and math.isfinite(stats.loss) and math.isfinite(stats.grad_norm)):
             return False
-        named = {"window": stats.window, "loss": stats.loss, "grad_norm": stats.grad_norm, "images": stats.num_images}
-        named |= {"boxes": stats.num_boxes} | stats.facts
-        known = OF_LOSSES if stats.num_boxes else OF_LOSSES[2:]  # without a box, nothing was placed or named
+        named = {"images": stats.num_images, "boxes": stats.num_boxes} | stats.facts
+        if stats.num_boxes:  # without a box nothing is placed or named, and the loss is another one
+            named |= {"window": stats.window, "loss": stats.loss, "grad_norm": stats.grad_norm}
+        known = OF_LOSSES if stats.num_boxes else OF_LOSSES[2:]
         named |= {name: stats.losses[name] for name in known if name in stats.losses}
         for name, value in named.items():
             rows = self.recent.setdefault(name, [])
             rows.append(value if isinstance(value, int) else float(f"{value:.6g}"))
             del rows[:-KEPT]
-        start = self.recent.setdefault("start", [])
-        if stats.window <= BLOCK:
-            start.append(self.recent["loss"][-1])
-        if len(self.recent["loss"]) >= BLOCK and stats.window % BLOCK == 0:
+        for name, start in STARTS.items():
+            began = self.recent.setdefault(start, [])
+            if stats.window <= BLOCK and name in named:
+                began.append(self.recent[name][-1])
+        if len(self.last("loss", BLOCK)) >= BLOCK and stats.window % BLOCK == 0:
             self.blocks.append(sum(self.last("loss", BLOCK)) / BLOCK)
             del self.blocks[:-MOST_BLOCKS]
         return True
@@ -166,12 +169,14 @@ def diverged(now: StepStats, past: Past, about: About) -> Alarm | None:
             "(model.init_from=runs/NAME/checkpoints/best)",
             "ERROR",
         )
-    start = past.last("start", BLOCK)
+    # RT-DETR's class scores fall in a few windows whatever comes; its boxes tell
+    name = "loss" if about.detector == "DETR" else "loss_giou"
+    start, held = past.last(STARTS[name], BLOCK), past.last(name, 50)
     begun = median(start[:10]) if len(start) >= 10 else math.inf  # a branch did not begin at window 1
     late_enough = now.step >= about.warmup_steps + BLOCK and about.lr >= 2.99 * DETR_LR
-    if late_enough and about.from_scratch and level > 0.93 * begun:
+    if late_enough and about.from_scratch and len(held) == 50 and median(held) > 0.93 * begun:
         return Alarm(
-            f"the loss began at {begun:.3g} and after {now.window} windows is still {level:.3g} (at most "
+            f"the {name} began at {begun:.3g} and after {now.window} windows is still {median(held):.3g} (at most "
             f"{max(start):.3g} on the way): the steps are too long to learn anything; {advice}, or "
             f"set schedule.warmup_steps=1000 (it is {about.warmup_steps})",
             "ERROR",

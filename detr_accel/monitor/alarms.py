@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from detr_accel.monitor.alarm_rules import AT_EVALUATION, EVERY_WINDOW, About, Alarm, Past, Rule
+from detr_accel.monitor.alarm_rules import AT_EVALUATION, EVERY_WINDOW, STARTS, About, Alarm, Past, Rule
 from detr_accel.monitor.machine_rules import MACHINE
 from detr_accel.structures import StepStats
 
@@ -34,7 +34,7 @@ class Memory:
 
     def begin_anew(self) -> None:
         """Other weights (earlier ones again) or other pictures: losses so far, but for the first, are no measure."""
-        for name in self.recent.keys() - {"start"}:
+        for name in self.recent.keys() - set(STARTS.values()):
             del self.recent[name]
         self.blocks.clear()
 

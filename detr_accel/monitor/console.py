@@ -5,6 +5,8 @@ In a pipe, a log file or a batch system there is no bar, no colour and no contro
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -39,7 +41,7 @@ class Console:
         common = {"file": self.stream, "dynamic_ncols": True, "mininterval": 0.2, "leave": False}
         epochs = tqdm(
             total=self.total / self.per_epoch, initial=start_window / self.per_epoch, desc="epochs", position=0,
-            bar_format="{desc} {n:.2f}/{total:.4g} |{bar}| {elapsed}<{remaining}", **common,
+            bar_format="{desc} {n:.2f}/{total:.4g} |{bar}| {elapsed}{unit}", unit="", **common,
         )  # fmt: skip
         windows = tqdm(
             total=self._epoch_length(start_window), initial=start_window % self.per_epoch, desc="steps", unit="",
@@ -53,23 +55,33 @@ class Console:
         return max(1, min(self.per_epoch, self.total - begun))
 
     def say(self, text: str) -> None:
-        """Write lines without breaking the bars."""
+        """Write lines without breaking the bars. What cannot be written is lost: the run and its files go on."""
+        try:
+            self._say(text)
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EIO):  # whoever read has gone (| head), or the terminal
+                self._fall_silent()
+
+    def _say(self, text: str) -> None:
         if self.bars is not None:
             from tqdm import tqdm
 
             tqdm.write(text, file=self.stream)
             return
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
-        try:
-            self.stream.write(text.encode(encoding, "replace").decode(encoding) + "\n")
-            self.stream.flush()
-        except BrokenPipeError:  # whoever read has gone (| head); the run and its files go on
-            nowhere = open(os.devnull, "w", encoding="utf-8")
-            if self.stream is sys.stdout:
-                os.dup2(nowhere.fileno(), sys.stdout.fileno())  # or Python fails again on this pipe when it ends
-            self.stream = nowhere
+        self.stream.write(text.encode(encoding, "replace").decode(encoding) + "\n")
+        self.stream.flush()
 
-    def tick(self, stats: StepStats) -> None:
+    def _fall_silent(self) -> None:
+        with contextlib.suppress(OSError):
+            self.close()
+        self.bars = None
+        nowhere = open(os.devnull, "w", encoding="utf-8")
+        if self.stream is sys.stdout:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # or Python fails again on it when it ends
+        self.stream = nowhere
+
+    def tick(self, stats: StepStats, seconds_left: float | None = None) -> None:
         """Move the bars by a window."""
         if self.bars is None:
             return
@@ -79,6 +91,7 @@ class Console:
             windows.reset(total=self._epoch_length(stats.window - 1))
         windows.unit = _figures(stats, _speed_of(stats))  # tqdm's own postfix would begin with a comma
         windows.update(done - windows.n)
+        epochs.unit = "" if seconds_left is None else f", {words(seconds_left)} left"  # tqdm's own knows no evaluations
         epochs.update(stats.window / self.per_epoch - epochs.n)
 
     def log(self, stats: StepStats, speed: dict[str, float], seconds_left: float | None) -> None:

@@ -57,9 +57,10 @@ class Sinks:
         self._unwritten = False
         self.metrics = JsonLines(run_folder / "metrics.jsonl", start_window, owed="val/" if evaluation_owed else None)
         self.speed = JsonLines(run_folder / "speed.jsonl", start_window)
-        # alarms stay: what was wrong then may not come again. One that does is not written or sent a second time
+        # alarms of a run that goes on stay: what was wrong then may not come again. One that does is not written or
+        # sent a second time
+        self.alarms = JsonLines(run_folder / "alarms.jsonl", None if start_window else -1)
         self._alarmed = {(row["window"], row["title"]) for row in read(run_folder / "alarms.jsonl")}
-        self.alarms = JsonLines(run_folder / "alarms.jsonl")
         self.meter = Meter()
         self.metric = metric
         self.best: tuple[float, int] | None = None
@@ -75,7 +76,7 @@ class Sinks:
         """Every window: moves the bars and the clocks, writes nothing."""
         self.meter.add(stats)
         self.eta.add(stats.window, stats.seconds)
-        self.console.tick(stats)
+        self.console.tick(stats, self.eta.seconds_left() if self.eta.ready else None)
         self._say_eta()
 
     def _say_eta(self) -> None:
@@ -148,7 +149,10 @@ class Sinks:
             return
         names = {i: n for i, n in enumerate(classes.names) if n is not None} if classes is not None else {}
         self._tell_wandb(lambda wandb: wandb.evaluation(rows.axes(**place) | row | machine, metrics, panel, names))
-        self._tell_wandb(lambda wandb: wandb.summary({"val/weights": weights}))
+        told: dict[str, Any] = {"val/weights": weights}
+        if self.best is not None:  # W&B's own maximum begins anew with a resume
+            told |= {f"best/{self.metric}": self.best[0], "best/window": self.best[1]}
+        self._tell_wandb(lambda wandb: wandb.summary(told))
 
     def _note_best(self, value: float, window: int) -> str:
         """Remember the best value so far; returns the words about it."""

@@ -147,6 +147,9 @@ class WandbSink:
 
     def __init__(self, accelerator: Any, arguments: dict[str, Any]) -> None:
         self.note = _start(accelerator, arguments)
+        init = arguments["init_kwargs"]["wandb"]
+        self._asked: str | None = init.get("id")
+        self._online = init["mode"] == "online" and not self.note.startswith(("W&B: off,", "W&B: offline"))
         self._alerted: dict[str, float] = {}
         started = accelerator.is_main_process and accelerator.trackers
         self.run = accelerator.get_tracker("wandb", unwrap=True) if started else None
@@ -165,7 +168,8 @@ class WandbSink:
 
     @property
     def run_id(self) -> str | None:
-        return None if self.run is None else self.run.id
+        """What a later resume may go on with: an offline run cannot be gone on with, and leaves the one before."""
+        return self.run.id if self.run is not None and self._online else self._asked
 
     def log(self, row: dict[str, Any]) -> None:
         """One row: numbers and their axes."""

@@ -56,7 +56,7 @@ class Saver:
                 the next one may find room.
         """
         known = on_main(self.parts.accelerator, lambda: self.sinks.wandb_run_id)
-        state.wandb_run_id = known or state.wandb_run_id  # where W&B could not start, the next resume finds its run
+        state.wandb_run_id = known or state.wandb_run_id  # what was offline leaves the run that was online
         scaler = self.parts.accelerator.scaler
         state.scaler = scaler.state_dict() if scaler is not None else None
         before = state.anchor

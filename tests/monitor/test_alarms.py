@@ -119,6 +119,31 @@ def test_it_fires_on_its_history_and_says_what_to_change(title):
     names_keys(said[0][1])
 
 
+@pytest.mark.law9
+@pytest.mark.parametrize("share", [0.4, 0.5, 0.7])
+def test_windows_without_boxes_are_no_measure_of_those_with_some(share):
+    """Of sparse pictures: without a box an RT-DETR's loss is a hundredth, and its gradient, too."""
+    empty = {"num_boxes": 0, "loss": 0.3, "grad_norm": 0.2}
+    stats = run(900, lambda w: empty if random.Random(w).random() < share else {})
+    assert raised(stats) == []
+    late = [dataclasses.replace(s, loss=60.0) if s.window > 600 and s.num_boxes else s for s in stats]
+    assert "Diverged" in {title for _, title, _ in raised(late)}, "and those with boxes are judged all the same"
+
+
+@pytest.mark.law9
+def test_an_rtdetr_whose_boxes_never_get_better_learns_nothing_whatever_its_loss_says():
+    """Its class scores fall within a few windows, by which the loss does, too."""
+    about = About(lr=2e-2, detector="RT-DETR")
+    noise = [random.Random(w).gauss(1, 0.05) for w in range(301)]
+    dead = run(300, lambda w: {"loss": (18 + 10 * 0.8**w) * noise[w], **losses(loss_giou=1.1 * noise[w])})
+    ((at, title, text),) = raised(dead, about)
+    assert title == "Diverged" and at <= 160 and "the loss_giou began at 1.1" in text
+    names_keys(text)
+    falls = [0.4 + 0.7 * 0.98**w for w in range(301)]
+    alive = run(300, lambda w: {"loss": (18 + 10 * 0.8**w) * noise[w], **losses(loss_giou=falls[w] * noise[w])})
+    assert raised(alive, about) == []
+
+
 def test_worse_validation_while_training_improves():
     ((at, title, text),) = evaluations([9, 8, 7, 7.5, 7.6, 7.7], [9, 7, 6, 5, 4, 3])
     assert (at, title) == (4, "Validation gets worse")

@@ -1,5 +1,6 @@
 """In a pipe: plain lines. In a terminal: bars, and lines above them."""
 
+import errno
 import fcntl
 import io
 import os
@@ -12,6 +13,7 @@ import threading
 import pytest
 
 from detr_accel.monitor.console import Console
+from detr_accel.monitor.timing import words
 from detr_accel.structures import StepStats
 
 
@@ -93,6 +95,57 @@ def test_terminal_shows_bars_and_lines_above_them(start):
     assert "epochs" in text and "steps" in text and "loss 1.5, lr 0.0001" in text
     assert "a line in between\r\n" in text
     assert "window 25/25" not in text, "the bar shows it already"
+
+
+class Full:
+    """A stream on a disk that is full, or on a terminal that is gone."""
+
+    encoding = "utf-8"
+
+    def __init__(self, number: int) -> None:
+        self.number, self.tried = number, 0
+
+    def isatty(self) -> bool:
+        return False
+
+    def write(self, text: str) -> int:
+        self.tried += 1
+        raise OSError(self.number, os.strerror(self.number))
+
+    def flush(self) -> None: ...
+
+
+@pytest.mark.parametrize("number, tried", [(errno.ENOSPC, 3), (errno.EDQUOT, 3), (errno.EIO, 1), (errno.EPIPE, 1)])
+def test_a_line_that_cannot_be_written_is_lost_and_the_run_goes_on(number, tried):
+    stream = Full(number)
+    console = Console(25, 10, stream=stream)
+    for text in ("one", "two", "three"):
+        console.say(text)
+    assert stream.tried == tried, "a full disk may have room again; who has gone does not come back"
+
+
+def test_a_terminal_that_is_gone_ends_the_bars_and_not_the_run(monkeypatch):
+    def use(stream) -> None:
+        console = Console(25, 10, stream=stream)
+        with monkeypatch.context() as patch:
+            patch.setattr("tqdm.tqdm.write", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EIO, "gone")))
+            console.say("a line")
+        assert console.bars is None
+        console.tick(stats(3))
+        console.say("another")
+        console.close()
+
+    in_terminal(use)
+
+
+def test_the_time_left_in_a_terminal_is_the_runs_own():
+    def use(stream) -> None:
+        console = Console(25, 10, stream=stream)
+        console.tick(stats(3), 5400.0)
+        console.bars[0].refresh()
+        console.close()
+
+    assert f"{words(5400.0)} left" in in_terminal(use)
 
 
 def test_a_terminal_without_width_gets_plain_lines():

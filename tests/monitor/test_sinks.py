@@ -51,6 +51,19 @@ def test_metrics_of_a_killed_and_resumed_run_are_those_of_the_run_never_killed(t
     assert len(whole.splitlines()) == 8
 
 
+def test_alarms_of_a_run_that_begins_anew_are_its_own(tmp_path):
+    """A first attempt ended before any checkpoint; its alarms must not hush those of the next."""
+    for start, rows in ((0, 1), (0, 1), (15, 1)):
+        sinks, _ = make(tmp_path, start)
+        sinks.alarm("Loss spike", "it rose; lower optim.lr", window=12)
+        sinks.close()
+        assert len(read(tmp_path / "alarms.jsonl")) == rows
+    sinks, _ = make(tmp_path, 15)
+    sinks.alarm("Loss spike", "it rose; lower optim.lr", window=20)
+    sinks.close()
+    assert [row["window"] for row in read(tmp_path / "alarms.jsonl")] == [12, 20]
+
+
 def test_metrics_rows_hold_no_clock_and_no_memory_figure(tmp_path):
     go(tmp_path, 0, 15)
     rows = read(tmp_path / "metrics.jsonl")

@@ -97,6 +97,7 @@ def test_best_value_is_in_the_summary(run):
     assert first > last
     assert wf.summary(run[1])["val/AP"] == {"max": first, "last": last}
     assert wf.summary(run[1])["val/weights"] == "ema"
+    assert wf.summary(run[1])["best/AP"] == first and wf.summary(run[1])["best/window"] == 15
 
 
 def test_class_table_has_a_row_per_class_and_no_minus_one(run):
@@ -261,3 +262,35 @@ def test_a_tracker_that_cannot_start_leaves_the_run_without_it(tmp_path):
     sink = WandbSink(Broken(), arguments)
     assert sink.run is None and sink.run_id is None
     assert sink.note.startswith("W&B: off, because it could not start (no such thing)")
+
+
+@pytest.mark.parametrize(
+    "mode, fails, kept", [("online", False, "abc"), ("online", True, "abc"), ("offline", False, None)]
+)
+def test_the_run_that_is_online_is_what_a_later_resume_goes_on_with(tmp_path, mode, fails, kept):
+    """Where going online fails, the run before is not forgotten for the offline one, which nobody can go on with."""
+
+    class Run:
+        id, url, dir = "new", "there", str(tmp_path / "files")
+
+        def define_metric(self, *_, **__): ...
+
+    class Tracked:
+        trackers, is_main_process = [], True
+
+        def init_trackers(self, init_kwargs, **_):
+            told = init_kwargs["wandb"]
+            if fails and told["mode"] == "online":
+                raise ConnectionError("no server")
+            self.trackers.append("wandb")
+            Run.id = told.get("id", "new")
+
+        def get_tracker(self, *_, **__):
+            return Run()
+
+    asked = {"name": "a", "project": "p", "folder": tmp_path, "config": {}, "mode": mode}
+    Tracked.trackers = []
+    assert WandbSink(Tracked(), tracker_kwargs(run_id="abc", **asked)).run_id == kept
+    Tracked.trackers = []
+    fresh = WandbSink(Tracked(), tracker_kwargs(**asked)).run_id
+    assert fresh == ("new" if mode == "online" and not fails else None)
