@@ -110,8 +110,8 @@ class BatchSize(Section):
     size: Positive = 16
     """Images per optimizer step, over all processes. The learning rate belongs to it; it never changes by itself."""
     micro: Positive | Literal["auto"] = 2
-    """Images per process and forward. Accumulation follows: size / (micro x processes), rounded up. ``auto``: as many
-    as fit, found by trying the worst window that the data can bring before the first step; kept on resume."""
+    """Images per process and forward (RT-DETR: 4). Accumulation follows: size / (micro x processes), rounded up.
+    ``auto``: as many as fit, found by trying the worst window of the data before the first step; kept on resume."""
     memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
     """How much of the memory that is free at the start ``auto`` may plan with."""
 

@@ -221,5 +221,6 @@ DEFAULTS_OF: dict[str, dict[str, dict[str, Any]]] = {  # detector -> section -> 
     "rtdetr": {
         "model": {"num_encoder_layers": 1, "dim_feedforward": 1024, "dropout": 0.0, "num_queries": 300},
         "loss": {"cost_class": 2.0},
+        "batch": {"micro": 4},  # its norms train
     },
 }

@@ -115,6 +115,7 @@ def _rtdetr_rows(found: Facts, root: str, format_: str, why: str) -> list[tuple[
         ("  backbone: {name: resnet101d, pixels: unit}", "as the weights were trained"),
         ("  rtdetr: {encoder_dim: 384, encoder_feedforward: 2048}", "R101's"),
         (f"  num_queries: {queries}", why_queries),
+        ("  activation_checkpointing: auto", "before fewer than four images see its norms at a time"),
         (f"batch: {{size: {batch}, micro: auto}}", _why_batch(batch, steps)),
         _optim_row(batch, "RT-DETR", ", no_decay: [norms]"),
         (

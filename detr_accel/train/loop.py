@@ -182,6 +182,7 @@ def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal
         told = windows.seen(loader, stats.seconds - stats.wait_seconds)
         if told is not None:
             sinks.say(told)
+            turn.forget_waiting()
     return True
 
 
@@ -238,6 +239,7 @@ class _Turn:
                 memory_fit.release(built.accelerator.device)
                 state.health.out_of_memory += 1
                 text = memory_fit.make_room(built.bare, state)
+                monitor.memory.start_peak(built.accelerator.device)  # what did not fit is not what is needed now
                 self.sinks.alarm("Out of memory", f"window {state.window + 1}: {text}", window=state.window + 1)
             else:
                 return micro_batches, result
@@ -249,6 +251,11 @@ class _Turn:
         if stats.window % self.built.recipe.log.every == 0:
             stats.memory_fraction = monitor.memory.taken_fraction(self.built.accelerator.device)
         self._speak(self.alarms.judge(stats))
+
+    def forget_waiting(self) -> None:
+        """Windows that were made by other loader processes are no measure of the time to come."""
+        if self.alarms is not None:
+            self.alarms.past.machine.clear()
 
     def _speak(self, alarms: list[Alarm]) -> None:
         for alarm in alarms:

@@ -118,7 +118,8 @@ def fit(parts: Parts, micro: int | str, checkpointed: Sequence[str] | str) -> tu
     share = len(data.share(parts.recipe.batch.size, 0, parts.accelerator.num_processes))
     trial = _Trial(parts, canvas, most_boxes, parts.recipe.batch.memory_fraction)
     ladder = models.checkpointing_ladder(parts.bare) if checkpointed == "auto" else (tuple(checkpointed),)
-    least = 1 if micro == "auto" else min(micro, share)
+    is_auto = micro == "auto"
+    least = 1 if is_auto else min(micro, share)
     wanted = least_wanted(parts.recipe.model, share) if micro == checkpointed == "auto" else least
     step = _first_fitting(trial, ladder, wanted)
     if step == len(ladder) and wanted > least:
@@ -131,18 +132,30 @@ def fit(parts: Parts, micro: int | str, checkpointed: Sequence[str] | str) -> tu
             + ("" if checkpointed == "auto" else ", or set model.activation_checkpointing: auto")
         )
     models.checkpoint_parts(parts.bare, ladder[step])
-    if micro == "auto":
+    if is_auto:
         micro = min(gather_object([trial.largest(share)]))
     extra = f" and activation checkpointing on {', '.join(ladder[step])}" if ladder[step] else ""
     need = f"needs {_gib(trial.bytes(micro))} of {_gib(trial.budget)}"
-    few = f"; beware: norms that train see only {micro} images at a time" if micro < wanted else ""
+    few = too_few(parts.recipe.model, micro, share) if is_auto else ""
     memory.start_peak(trial.device)  # what was tried and did not fit is no peak of the training
-    return micro, list(ladder[step]), f"memory: {where} {need} with batch.micro {micro}{extra}{few}"
+    return micro, list(ladder[step]), f"memory: {where} {need} with batch.micro {micro}{extra}{few and f'; {few}'}"
 
 
 def least_wanted(model: Model, share: int) -> int:
     """Images in a forward that ``auto`` gives up only when activation checkpointing is on everything."""
-    return min(_FEW, share) if norms_see_a_forward(model) else 1
+    return min(size for size in _cut_sizes(share) if size >= min(_FEW, share)) if norms_see_a_forward(model) else 1
+
+
+def too_few(model: Model, micro: int, share: int) -> str:
+    """A warning where too few images are in a forward for norms that train; else nothing."""
+    if micro >= min(_FEW, share) or not norms_see_a_forward(model):
+        return ""
+    return f"beware: norms that train see only {micro} image{'s' * (micro > 1)} at a time"
+
+
+def _cut_sizes(share: int) -> list[int]:
+    """Sizes that cut a share into parts as equal as can be, from below."""
+    return sorted({-(-share // parts) for parts in range(1, share + 1)})
 
 
 def _first_fitting(trial: _Trial, ladder: Sequence[Sequence[str]], micro: int) -> int:
@@ -181,8 +194,7 @@ class _Trial:
 
     def largest(self, share: int) -> int:
         """The best of the sizes that cut a share into parts as equal as can be; found from below."""
-        sizes = sorted({-(-share // parts) for parts in range(1, share + 1)})
-        return max(itertools.takewhile(self.fits, sizes), default=1)
+        return max(itertools.takewhile(self.fits, _cut_sizes(share)), default=1)
 
     def bytes(self, micro: int) -> float:
         """What ``micro`` images need, above what is held already."""

@@ -59,9 +59,20 @@ class Plan:
     remedy: str = ""  # where it does not fit: what would
 
     @property
+    def share(self) -> int:
+        """Images of a window that the fullest device has."""
+        return len(data.share(self.recipe.batch.size, 0, self.layout.num_devices))
+
+    @property
     def accumulation(self) -> int:
         """Micro-batches of the largest share of a window."""
-        return -(-len(data.share(self.recipe.batch.size, 0, self.layout.num_devices)) // self.micro)
+        return -(-self.share // self.micro)
+
+    @property
+    def beware(self) -> str:
+        """Where what ``auto`` finds has its price; else nothing."""
+        is_auto = self.recipe.batch.micro == "auto"
+        return memory_fit.too_few(self.recipe.model, self.micro, self.share) if is_auto else ""
 
 
 def parse_memory(text: str) -> int:

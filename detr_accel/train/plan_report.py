@@ -93,9 +93,10 @@ def _verdict(plan: Plan) -> list[str]:
     if not plan.fits:
         return [f"does not fit, even with every lever and one image in a forward pass: {plan.remedy}"]
     size = f"the largest micro-batch that fits is {plan.largest_micro}"
+    beware = [plan.beware] if plan.beware else []
     if plan.settings:
-        return [f"does not fit as it is; it fits with {' '.join(plan.settings)} ({size})"]
-    return [f"fits as it is; {size}"]
+        return [f"does not fit as it is; it fits with {' '.join(plan.settings)} ({size})", *beware]
+    return [f"fits as it is; {size}", *beware]
 
 
 def to_json(plan: Plan) -> dict:
@@ -107,6 +108,7 @@ def to_json(plan: Plan) -> dict:
         "as_it_is": plan.fits and not plan.settings,
         "settings": plan.settings,
         "remedy": plan.remedy or None,
+        "beware": plan.beware or None,
         "device": "cuda" if plan.layout.on_gpu else "cpu",
         "devices": plan.layout.num_devices,
         "precision": plan.layout.precision,

@@ -93,6 +93,7 @@ def _restore(parts: Parts, folder: Path, branch: bool) -> tuple[State, list[str]
     elif state.judged_by not in (None, _judged_by(parts)):
         state.best = state.best_window = None  # checkpoints/best stays until an evaluation comes
         state.early_stop, state.plateau = Waiting(), Waiting(drops=state.plateau.drops)
+        state.alarms.evaluations.clear()
         notes.append(
             "the validation data, or how many detections count, differ from those before: the best so far, and what "
             "early stopping and plateaus wait for, begin anew"

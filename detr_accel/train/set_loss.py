@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from accelerate import Accelerator
@@ -44,6 +44,7 @@ class SetLoss:
         self.rows: list[tuple[int, list[float], list[float]]] = []  # position, sums, counts
         self.names: list[str] = []
         self.failure: str | None = None
+        self.stopped = False  # on any process, once ``result`` was asked for
 
     @torch.no_grad()
     def add(self, outputs: dict, batch: Batch) -> None:
@@ -72,12 +73,13 @@ class SetLoss:
         Raises:
             UserError: on every process, where a batch of any could not be used.
         """
-        shares = gather_object([(self.rows, self.names, self.failure)])
-        failure = next((told for _, _, told in shares if told), None)
+        shares = gather_object([(self.rows, self.names, self.failure, self.stopped)])
+        self.stopped = any(stopped for *_, stopped in shares)
+        failure = next((told for _, _, told, _ in shares if told), None)
         if failure is not None:
             raise UserError(failure)
-        rows = sorted(row for share, _, _ in shares for row in share)
-        names = next((names for _, names, _ in shares if names), [])
+        rows = sorted(row for share, *_ in shares for row in share)
+        names = next((names for _, names, *_ in shares if names), [])
         if not rows:
             return {}
         sums = [math.fsum(values) for values in zip(*(row[1] for row in rows), strict=True)]
@@ -86,12 +88,19 @@ class SetLoss:
 
 
 def over(
-    batches: Iterable[Batch | UserError], model: nn.Module, criterion: nn.Module, accelerator: Accelerator
-) -> dict[str, float]:
+    batches: Iterable[Batch | UserError],
+    model: nn.Module,
+    criterion: nn.Module,
+    accelerator: Accelerator,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
     """The loss of a model over this process's batches and everybody else's.
 
     Args:
         batches: an error stands for a batch that could not be read, which is left out.
+        stop: asked before each batch.
+    Returns:
+        None, on every process, where any was to stop.
     Raises:
         UserError: on every process alike.
     """
@@ -99,6 +108,9 @@ def over(
     try:
         with torch.inference_mode(), accelerator.autocast():
             for batch in batches:
+                if stop():
+                    found.stopped = True
+                    break
                 if isinstance(batch, Batch) and len(batch):
                     moved = batch.to(accelerator.device, non_blocking=True)
                     found.add(model(moved.images, moved.mask), batch)
@@ -108,4 +120,5 @@ def over(
             f"the loss of training images could not be computed ({why}): lower evaluate.batch or data.eval_size, or "
             "set evaluate.train_images=0, then go on with --resume"
         )
-    return found.result()
+    result = found.result()
+    return None if found.stopped else result

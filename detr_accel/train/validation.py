@@ -54,7 +54,9 @@ class Validation:
         recipe = self.recipe
         found = self._metrics(self.model, stop)
         beside = self._metrics(self.raw, stop) if found is not None and self.raw is not None else None
-        if found is None or (self.raw is not None and beside is None):
+        known = found is not None and (self.raw is None or beside is not None)
+        trained = self._train_loss(stop) if known else None
+        if found is None or trained is None:
             self.aborted = True
             return False
         metrics, losses = found
@@ -62,7 +64,7 @@ class Validation:
         if told:
             self.sinks.alarm("Unreadable validation images", f"{told}; left out of the evaluation", window=state.window)
         extra = {f"val/{name}": value for name, value in losses.items()}
-        extra |= {f"val/train_{name}": value for name, value in self._train_loss().items() if name == "loss"}
+        extra |= {f"val/train_{name}": value for name, value in trained.items() if name == "loss"}
         if beside is not None:
             extra |= {f"val/raw/{name}": value for name, value in {**beside[0].values, **beside[1]}.items()}
         self.numbers = extra
@@ -114,11 +116,13 @@ class Validation:
             f"evaluations (early_stop.patience); checkpoints/best is the best by {self.recipe.evaluate.metric}"
         )
 
-    def _train_loss(self) -> dict[str, float]:
+    def _train_loss(self, stop: StopSignal) -> dict[str, float] | None:
+        """Losses on training images; None where any process was asked to stop meanwhile."""
         if not len(self.trained):
             return {}
         batches = self._batches(self.trained, keep_faults=self.recipe.data.on_bad == "stop")
-        return set_loss.over(batches, self.model.eval(), self.criterion, self.accelerator)
+        model = self.model.eval()
+        return set_loss.over(batches, model, self.criterion, self.accelerator, lambda: stop.requested)
 
     def _batches(self, source, **keep):
         accelerator, model = self.accelerator, self.model

@@ -94,6 +94,21 @@ def test_norms_that_train_keep_four_images_as_long_as_checkpointing_helps(built,
     assert (micro, checkpointed) == found and "beware" not in words
 
 
+def test_no_checkpointing_is_paid_for_a_size_that_is_not_taken():
+    """Six images are cut into 1, 2, 3 or 6: four in a forward would be three."""
+    model = recipes.loads("name: t\ndata: {format: shapes}\nmodel: {name: rtdetr}\n").model
+    assert [memory_fit.least_wanted(model, share) for share in (1, 3, 4, 5, 6, 8, 9, 16)] == [1, 3, 4, 5, 6, 4, 5, 4]
+    detr = recipes.loads("name: t\ndata: {format: shapes}\n").model
+    assert memory_fit.least_wanted(detr, 16) == 1
+
+
+def test_few_images_are_told_whatever_checkpointing_is_set_to(built, monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 7 / 0.9)
+    monkeypatch.setattr(memory_fit._Trial, "bytes", lambda self, micro: 5.0 * micro)
+    monkeypatch.setattr(built, "recipe", recipes.changed(built.recipe, ["batch.micro=auto"]))
+    assert "beware: norms that train see only 1 image at a time" in memory_fit.fit(built, "auto", [])[2]
+
+
 def now(built) -> list[str]:
     """The parts that compute again in backward."""
     body = any(type(m).__name__ == "_CheckpointedBlocks" for m in built.bare.backbone.modules())

@@ -154,8 +154,11 @@ def test_norms_that_train_keep_four_images_as_long_as_checkpointing_helps():
     assert fit(auto, enough[0]).recipe.model.activation_checkpointing == []
     found = fit(auto, enough[1])
     assert (found.micro, found.recipe.model.activation_checkpointing, found.settings) == (4, ["backbone"], [])
+    assert "beware" not in "\n".join(plan_report.lines(found))
     tight = fit(auto, room(steps[-1], 2))
     assert tight.micro in (2, 3) and len(tight.recipe.model.activation_checkpointing) == 3 and tight.fits
+    assert f"beware: norms that train see only {tight.micro} images" in "\n".join(plan_report.lines(tight))
+    assert plan_report.to_json(tight)["beware"]
     plain = small("batch.micro=auto", "model.activation_checkpointing=auto")  # DETR: frozen norms, one image is enough
     assert fit(plain, room(small(), 1)).recipe.model.activation_checkpointing == []
 

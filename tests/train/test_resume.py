@@ -11,6 +11,7 @@ from shared import load_module
 
 from detr_accel import models
 from detr_accel import recipe as recipes
+from detr_accel.data.shapes import ShapesSource
 from detr_accel.recipe import Recipe
 from detr_accel.structures import UserError
 from detr_accel.train import changes, checkpoint, loop, stopping, validation
@@ -291,7 +292,15 @@ def test_other_validation_data_begin_the_best_anew(tmp_path, monkeypatch, capsys
     longer = first.replace("3", "9")
     train(recipe("r", longer + more), runs=tmp_path / "plain", resume=True)
     assert os.readlink(plain / "checkpoints" / "best") == "window-00000003" and judged not in capsys.readouterr().out
-    train(recipe("r", longer + more + "evaluate: {max_detections: 50, metric: AP}\n"), runs=tmp_path, resume=True)
+    fewer = longer + more + "evaluate: {max_detections: 50, metric: AP}\n"
+    shutil.copytree(run, tmp_path / "fewer" / "r", symlinks=True)
+    train(recipe("r", fewer), runs=tmp_path / "fewer", resume=True)
+    assert os.readlink(tmp_path / "fewer/r/checkpoints/best") == "window-00000006"
+    assert judged in capsys.readouterr().out
+    with monkeypatch.context() as patch:  # as where labels of the validation split were mended
+        before = ShapesSource.fingerprint
+        patch.setattr(ShapesSource, "fingerprint", lambda self: before(self) + "!" * (self.split == "val"))
+        train(recipe("r", longer + more), runs=tmp_path, resume=True)
     assert os.readlink(run / "checkpoints" / "best") == "window-00000006" and judged in capsys.readouterr().out
 
 

@@ -75,6 +75,20 @@ def test_images_that_cannot_be_read_are_left_out(built):
     assert with_fault == over(kept, model, built.criterion, built.accelerator)
 
 
+def test_a_stop_breaks_it_off(built):
+    """A launcher waits 30 seconds, and a laptop may need minutes for these images."""
+    seen, asked = [], iter((False, True, True, True))
+
+    def counted():
+        for batch in batches(built, 2):
+            seen.append(batch)
+            yield batch
+
+    model = built.bare.eval()
+    assert over(counted(), model, built.criterion, built.accelerator, lambda: next(asked)) is None
+    assert len(seen) == 2
+
+
 def test_how_many_training_images_are_looked_at():
     assert num_images("auto", 4000, 4000) == 80
     assert num_images("auto", 118_000, 118_287) == 512
