@@ -5,9 +5,9 @@
 
 Every run is a shipped recipe made short: windows of 4 images of about 96 pixels, a small backbone; 300 windows where it
 is healthy, 100 or 300 where it is broken. The real data are read at ../shared/data; a run whose data are absent is left
-out. The detector that some runs start from is trained first (recipes/detr_shapes.yaml, 3,000 windows), unless --start
-names one. Alarms about time and memory are left aside: a CPU training shares its cores with the loader, and what the
-machine does meanwhile is no part of a run.
+out. The detectors that some runs start from are trained first (recipes/detr_shapes.yaml, 3,000 windows;
+recipes/shapes.yaml, 1,000), unless --start and --rtdetr-start name some. Alarms about time and memory are left aside: a
+CPU training shares its cores with the loader, and what the machine does meanwhile is no part of a run.
 Writes benchmarks/results/alarm_cases.json and .md.
 """
 
@@ -60,6 +60,8 @@ MANY = "model.num_queries=100"  # as DETR has: some of these images hold more th
 BRIEF = ["schedule.steps=100"]
 DEEP = ["model.num_encoder_layers=6", "model.num_decoder_layers=6"]  # as DETR is
 START = ["model.init_from=START", "optim.lr_backbone=1e-5"]
+RTDETR_START = ["model.init_from=LEARNED", "optim.lr=1e-4", "optim.lr_backbone=1e-5"]
+STARTS = {"START": ("detr_shapes", 3000), "LEARNED": ("shapes", 1000)}  # what stands for a run of which recipe
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,23 @@ BROKEN = {
                      alarm="Windows without boxes"),
     "few_queries": Case("fewer queries than boxes", COCO, [*SMALL, *BRIEF, "model.num_queries=5"], "bccd",
                         "More boxes than queries"),
+    "rtdetr_lr": Case("learning rate 2e-2 (RT-DETR)", "shapes",
+                      ["optim.lr=2e-2", "optim.lr_backbone=2e-2", "schedule.warmup_steps=0"], alarm="Diverged"),
+    "rtdetr_labels_shifted": Case("labels shifted by one (RT-DETR)", "shapes",
+                                  [*RTDETR_START, *BRIEF, "data.format=coco"], shifted, "Classes do not fit"),
+    "rtdetr_xyxy": Case("boxes as corners (blood cells, RT-DETR)", "shapes", [*BRIEF, "data.format=coco"],
+                        rewritten("bccd", corners), "Boxes leave their images"),
+    "rtdetr_fractions": Case("boxes in fractions of the image (RT-DETR)", "shapes", [*BRIEF, "data.format=coco"],
+                             rewritten("bccd", fractions), "Tiny boxes"),
+    "rtdetr_head_rate_0": Case("learning rate 0 on the head (RT-DETR)", "shapes", [*BRIEF, "optim.lr=0"],
+                               alarm="Part without learning rate"),
+    "rtdetr_black": Case("all images black (RT-DETR)", "shapes", [*BRIEF, "data.format=coco"], black, "Blank images"),
+    "rtdetr_frozen": Case("frozen model (RT-DETR)", "shapes", [*BRIEF, "optim.lr=0", "optim.lr_backbone=0"],
+                          alarm="Nothing learns"),
+    "rtdetr_no_boxes": Case("no boxes (RT-DETR)", "shapes", [*BRIEF, "data.shapes.empty_fraction=1"],
+                            alarm="Windows without boxes"),
+    "rtdetr_few_queries": Case("fewer queries than boxes (RT-DETR)", "shapes", [*BRIEF, "model.num_queries=2"],
+                               alarm="More boxes than queries"),
 }  # fmt: skip
 HEALTHY = {
     "rtdetr_shapes": Case("shapes, as shipped (RT-DETR)", "shapes", []),
@@ -183,12 +202,15 @@ HEALTHY = {
 }  # fmt: skip
 
 
-def arguments(name: str, case: Case, folder: Path, weights: Path | None, start: Path | None) -> list[str] | None:
+def arguments(name: str, case: Case, folder: Path, weights: Path | None, starts: dict[str, Path]) -> list[str] | None:
     """The overrides of a run; None where something that it needs is not here."""
     small = SMALL if case.recipe in (COCO, FINE) else []
-    own = [a.replace("WEIGHTS", str(weights)).replace("START", str(start)) for a in case.overrides]
-    if ("WEIGHTS" in str(case.overrides) and weights is None) or ("START" in str(case.overrides) and start is None):
+    known = {"WEIGHTS": weights, **{word: starts.get(word) for word in STARTS}}
+    if any(word in str(case.overrides) and file is None for word, file in known.items()):
         return None
+    own = case.overrides
+    for word, file in known.items():
+        own = [a.replace(word, str(file)) for a in own]
     if isinstance(case.data, str):
         return [*SHORT, *small, *own, f"data.root={DATA / case.data}"] if (DATA / case.data).is_dir() else None
     if case.data is None:
@@ -200,9 +222,9 @@ def arguments(name: str, case: Case, folder: Path, weights: Path | None, start: 
     return [*SHORT, *small, *own, f"data.root={folder}"]
 
 
-def run(name: str, case: Case, place: Path, weights: Path | None, start: Path | None) -> dict | None:
+def run(name: str, case: Case, place: Path, weights: Path | None, starts: dict[str, Path]) -> dict | None:
     """Train; returns what spoke and when."""
-    words = arguments(name, case, place / "data" / name, weights, start)
+    words = arguments(name, case, place / "data" / name, weights, starts)
     if words is None:
         return None
     file = ROOT / "recipes" / (case.recipe if case.recipe.endswith(".yaml") else f"{case.recipe}.yaml")
@@ -278,16 +300,17 @@ def commit() -> str:
     return done.stdout.strip()
 
 
-def start_detector(place: Path) -> Path:
+def start_detector(place: Path, recipe: str, steps: int) -> Path:
     """A detector of shapes that finds most of them."""
-    words = ["name=start", "schedule.steps=3000", "evaluate.every_epochs=1000", "log.wandb.enabled=false", "device=cpu"]
-    return train(recipes.load(ROOT / "recipes" / "detr_shapes.yaml", words), runs=place)
+    words = [f"name={recipe}", f"schedule.steps={steps}", "evaluate.every_epochs=1000", "log.wandb.enabled=false"]
+    return train(recipes.load(ROOT / "recipes" / f"{recipe}.yaml", [*words, "device=cpu"]), runs=place)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--weights", type=Path, help="ImageNet weights of tf_efficientnet_lite0")
     parser.add_argument("--start", type=Path, help="a run of recipes/detr_shapes.yaml to start from")
+    parser.add_argument("--rtdetr-start", type=Path, help="a run of recipes/shapes.yaml to start from")
     parser.add_argument("--only", nargs="*", help="names of runs")
     parser.add_argument("--keep", type=Path, help="where the runs are kept (default: a folder that is cleared away)")
     parser.add_argument("--again", action="store_true", help="judge the runs in --keep anew instead of training")
@@ -299,14 +322,16 @@ def main() -> int:
     rows = json.loads(args.out.read_text())["runs"] if args.out.exists() and args.only else {}
     with tempfile.TemporaryDirectory() as temporary:
         place = args.keep or Path(temporary)
-        start = args.start
-        if start is None and not args.again and any("START" in str(cases[name].overrides) for name in wanted):
-            start = start_detector(place / "start")
+        starts = {"START": args.start, "LEARNED": args.rtdetr_start}
+        for word, (recipe, steps) in STARTS.items():
+            needed = any(word in str(cases[name].overrides) for name in wanted)
+            if starts[word] is None and not args.again and needed:
+                starts[word] = start_detector(place / "start", recipe, steps)
         for number, name in enumerate(wanted, 1):
             if args.again:
                 row = judged_again(name, cases[name], place)
             else:
-                row = run(name, cases[name], place, args.weights, start)
+                row = run(name, cases[name], place, args.weights, starts)
             if row is not None:
                 rows[name] = row
             said = "left out: something that it needs is not here" if row is None else verdict(row)

@@ -168,7 +168,8 @@ def run(args: argparse.Namespace) -> None:
         known = max(w for w in at if w <= row["window"])
         minutes = at[known] * row["window"] / max(known, 1) / 60
         rows.append({"minutes": minutes, "steps": row["step"], "AP": row["val/AP"], "AP50": row["val/AP50"]})
-    shipped, own = recipes.load(ROOT / "recipes" / RECIPE), recipes.loads((args.folder / "recipe.yaml").read_text())
+    shipped = recipes.load(ROOT / "recipes" / RECIPE, ["data.root=said-below"])
+    own = recipes.loads((args.folder / "recipe.yaml").read_text())
     differ = changes.differences(shipped, own)
     told = {key: Path(new).name if "/" in str(new) else new for key, (_, new) in differ.items()}
     command = f"accelerate launch --config_file accelerate_config.yaml train.py --recipe recipes/{RECIPE} "

