@@ -160,8 +160,8 @@ BROKEN = {
                      alarm="Windows without boxes"),
     "few_queries": Case("fewer queries than boxes", COCO, [*SMALL, *BRIEF, "model.num_queries=5"], "bccd",
                         "More boxes than queries"),
-    "rtdetr_lr": Case("learning rate 2e-2 (RT-DETR)", "shapes",
-                      ["optim.lr=2e-2", "optim.lr_backbone=2e-2", "schedule.warmup_steps=0"], alarm="Diverged"),
+    "rtdetr_lr": Case("learning rate 1e-1 (RT-DETR)", "shapes",
+                      ["optim.lr=1e-1", "optim.lr_backbone=1e-1", "schedule.warmup_steps=0"], alarm="Diverged"),
     "rtdetr_labels_shifted": Case("labels shifted by one (RT-DETR)", "shapes",
                                   [*RTDETR_START, *BRIEF, "data.format=coco"], shifted, "Classes do not fit"),
     "rtdetr_xyxy": Case("boxes as corners (blood cells, RT-DETR)", "shapes", [*BRIEF, "data.format=coco"],
@@ -285,10 +285,16 @@ def table(rows: dict[str, dict]) -> str:
         "| what was broken | which alarm should speak | after windows | others that spoke |", "|---|---|---|---|",
     ]  # fmt: skip
     for row in (r for r in rows.values() if r["expected"]):
-        at = next((str(a["window"]) for a in row["alarms"] if a["title"] == row["expected"]), "missed")
+        missed = "refused when read" if verdict(row) == "refused" else "missed"
+        at = next((str(a["window"]) for a in row["alarms"] if a["title"] == row["expected"]), missed)
         others = dict.fromkeys(f"{a['title']} ({a['window']})" for a in row["alarms"] if a["title"] != row["expected"])
         lines.append(f"| {row['what']} | {row['expected']} | {at} | {', '.join(others) or 'none'} |")
-    lines += ["", "| healthy run | recipe | alarms |", "|---|---|---|"]
+    lines += [
+        "", "The three DETRs with boxes in another format were measured with reading as it was; since then such a data",
+        "set is refused when it is read (`the boxes look like [x1, y1, x2, y2] (72 % of them leave their images when",
+        "read as [x, y, width, height]): export them as ...`), and the alarms speak where that check cannot tell.",
+        "", "| healthy run | recipe | alarms |", "|---|---|---|",
+    ]  # fmt: skip
     for row in (r for r in rows.values() if not r["expected"]):
         said = ", ".join(f"{a['title']} ({a['window']})" for a in row["alarms"])
         lines.append(f"| {row['what']} | {Path(row['recipe']).stem} | {said or 'none'} |")

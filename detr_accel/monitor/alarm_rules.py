@@ -68,9 +68,12 @@ class Past:
         self.machine = [*self.machine[-49:], (stats.seconds, stats.wait_seconds, stats.loader)]
         if not (stats.accepted and math.isfinite(stats.loss) and math.isfinite(stats.grad_norm)):
             return False
-        named = {"images": stats.num_images, "boxes": stats.num_boxes} | stats.facts
+        named = {"window": stats.window, "images": stats.num_images, "boxes": stats.num_boxes} | stats.facts
+        if "placed" not in self.recent:  # of a state from before: each window has a loss
+            num = len(self.last("loss", KEPT))
+            self.recent["placed"] = self.last("window", num) if num else []
         if stats.num_boxes:  # without a box nothing is placed or named, and the loss is another one
-            named |= {"window": stats.window, "loss": stats.loss, "grad_norm": stats.grad_norm}
+            named |= {"placed": stats.window, "loss": stats.loss, "grad_norm": stats.grad_norm}
         known = OF_LOSSES if stats.num_boxes else OF_LOSSES[2:]
         named |= {name: stats.losses[name] for name in known if name in stats.losses}
         for name, value in named.items():
@@ -107,7 +110,7 @@ Rule = Callable[[StepStats, Past, About], Alarm | None]
 
 def gradient_spikes(now: StepStats, past: Past, about: About) -> Alarm | None:
     """Three of the last twenty windows far above the earlier ones: one alone is what clipping is for."""
-    norms, windows = past.last("grad_norm", KEPT), past.last("window", 20)
+    norms, windows = past.last("grad_norm", KEPT), past.last("placed", 20)
     before, recent = [math.log(max(n, 1e-12)) for n in norms[:-20]], norms[-20:]
     if len(before) < 50:
         return None
@@ -150,7 +153,7 @@ def loss_spike(now: StepStats, past: Past, about: About) -> Alarm | None:
         return None
     return Alarm(
         f"loss {max(high):.3g}, {max(high) / middle:.1f}x its median of {middle:.3g}, since window "
-        f"{past.last('window', 5)[0]:.0f} while lr is {_lr(now):.3g}: if it stays, lower optim.lr and begin "
+        f"{past.last('placed', 5)[0]:.0f} while lr is {_lr(now):.3g}: if it stays, lower optim.lr and begin "
         "again from an earlier checkpoint (model.init_from=runs/NAME/checkpoints/best); a spike that goes by is left "
         "alone"
     )

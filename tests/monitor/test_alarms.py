@@ -125,9 +125,28 @@ def test_windows_without_boxes_are_no_measure_of_those_with_some(share):
     """Of sparse pictures: without a box an RT-DETR's loss is a hundredth, and its gradient, too."""
     empty = {"num_boxes": 0, "loss": 0.3, "grad_norm": 0.2}
     stats = run(900, lambda w: empty if random.Random(w).random() < share else {})
-    assert raised(stats) == []
+    assert raised(stats, off=["Windows without boxes"]) == []
     late = [dataclasses.replace(s, loss=60.0) if s.window > 600 and s.num_boxes else s for s in stats]
     assert "Diverged" in {title for _, title, _ in raised(late)}, "and those with boxes are judged all the same"
+
+
+def test_dead_predictions_are_told_where_no_window_has_a_box():
+    stats = run(40, after(0, num_boxes=0, losses={"box_spread": 0.0, "image_spread": 0.0}))
+    said = {title: text for _, title, text in raised(stats)}
+    assert "Collapsed predictions" in said and "since window 1 " in said["Collapsed predictions"]
+    assert "Same boxes in every image" in said and not any("itself failed" in text for text in said.values())
+
+
+def test_a_state_from_before_goes_on():
+    """It has no list of the windows with boxes, and a loss of each window."""
+    stats, memory = run(200, lambda w: {"grad_norm": 900.0} if w in (150, 155, 160) else {}), Memory()
+    alarms = Alarms(PLAIN, memory)
+    for s in stats[:120]:
+        alarms.judge(s)
+    del memory.recent["placed"], memory.recent["start_giou"]
+    again = Alarms(PLAIN, Memory(**json.loads(json.dumps(asdict(memory)))))
+    said = [(s.window, a) for s in stats[120:] for a in again.judge(s)]
+    assert [(at, a.title) for at, a in said] == [(160, "Gradient spikes")] and "since window 150" in said[0][1].text
 
 
 @pytest.mark.law9
