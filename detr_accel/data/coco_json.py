@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,16 +109,12 @@ def _load(path: Path) -> dict:
 def _without_heads(path: Path, tree: dict, dirt: Dirt) -> list:
     """The categories without those that Roboflow writes as the supercategory of one of the same name."""
     rows = tree["categories"]
-    if len(rows) < 2 or not all(isinstance(row, dict) for row in rows):
-        return rows
-    heads = [
-        number
-        for number, row in enumerate(rows)
-        if any(o is not row and o.get("name") == row.get("name") == o.get("supercategory") for o in rows)
-        and row.get("supercategory") != row.get("name")
-    ]
-    used = {a.get("category_id") for a in tree["annotations"] if isinstance(a, dict)} if heads else set()
-    heads = [number for number in heads if rows[number].get("id") not in used]
+    names = [str(row.get("name")) if isinstance(row, dict) else "" for row in rows]
+    twice = {name for name, count in Counter(names).items() if count > 1 and name}
+    under = {n for n, row in zip(names, rows, strict=True) if n in twice and str(row.get("supercategory")) == n}
+    heads = [i for i, n in enumerate(names) if n in under and str(rows[i].get("supercategory")) != n]
+    used = {str(a.get("category_id")) for a in tree["annotations"] if isinstance(a, dict)} if heads else set()
+    heads = [number for number in heads if str(rows[number].get("id")) not in used]
     for number in heads:
         dirt.note("category.head", f"{path}: categories[{number}]: {rows[number].get('name')!r} has no box of its own")
     return [row for number, row in enumerate(rows) if number not in heads]

@@ -94,11 +94,12 @@ def draw_split(source: CocoSource, val_fraction: float, seed: int) -> dict:
     groups = versions(source)
     num_val, val = min(max(1, round(len(ids) * val_fraction)), len(ids) - 1), set[int]()
     order = seeds.generator(seed, seeds.SPLIT).permutation(len(groups)).tolist()
-    for number in order[: max(1, len(groups) - 1)]:  # one at least stays to train on
-        if len(val) < num_val:
+    for number in order:
+        if len(val) + len(groups[number]) <= num_val:
             val.update(groups[number])
-    if len(groups) == 1:
-        val = set(groups[0][:num_val])  # nothing else can be cut
+    if not val:  # each is larger than that
+        least = min(groups, key=len)
+        val.update(least if len(groups) > 1 else least[:num_val])
     parts = {"train": sorted(set(ids.tolist()) - val), "val": sorted(val)}
     return {"seed": seed, "val_fraction": val_fraction, **parts}
 
@@ -124,7 +125,7 @@ def cut(source: CocoSource, split_json: dict) -> Splits:
     whole = "split" if isinstance(source, HubSource) else "json"
     lines = [
         f"data: one {whole}, cut by seed {split_json['seed']} into train and val (the split is saved with the run)"
-        + _kept_together(source),
+        + _of_versions(source, set(split_json["val"])),
         line("train", train), line("val", val), *unused(train), *no_boxes(val),
     ]  # fmt: skip
     if new:
@@ -132,8 +133,12 @@ def cut(source: CocoSource, split_json: dict) -> Splits:
     return Splits(train, val, lines, split_json)
 
 
-def _kept_together(source: CocoSource) -> str:
-    num = sum(len(group) for group in versions(source) if len(group) > 1)
+def _of_versions(source: CocoSource, val: set[int]) -> str:
+    groups = [set(group) for group in versions(source) if len(group) > 1]
+    parted = sum(len(group & val) for group in groups if group & val and group - val)
+    if parted:
+        return f"; beware: {parted} images of val are versions of images of train, so its figures flatter"
+    num = sum(map(len, groups))
     return f"; {num} images are versions of others (.rf. in their names) and stay with them" if num else ""
 
 

@@ -93,20 +93,23 @@ def _stay(target: np.ndarray) -> np.ndarray:
 def _join_doubles(table: Table, paths: Strings, target: np.ndarray, sizes: np.ndarray, dirt: Dirt) -> None:
     """Records of one file become the first of them, where they speak of one size and name no two folders."""
     first: dict[str, int] = {}
+    longest: dict[str, str] = {}  # of the names that the records of a file have
     for row in range(len(table)):
         path = paths[row]
         if not path:
             continue
-        start = first.setdefault(path, row)
+        start, name = first.setdefault(path, row), table.file_names[row]
         if start == row:
+            longest[path] = name
             continue
+        fits, longest[path] = one_name(longest[path], name), max(longest[path], name, key=len)
         text = (
             f"{table.path}: images[{start}] ({table.file_names[start]!r}) and images[{row}] "
             f"({table.file_names[row]!r}) are the same file {path}: keep one record for each image"
         )
         known = (sizes[start] > 0).all(), (sizes[row] > 0).all()
-        if not one_name(table.file_names[start], table.file_names[row]):
-            other = f"{text}; their folders differ, and whose picture it is nobody can tell"
+        if not fits or target[start] < 0:
+            other = f"{text}; their folders differ, and whose picture it is nobody can tell" if not fits else text
             dirt.note("image.file_conflict", other, places=[(table.file_names[row], None)])
             target[[start, row]] = -1
         elif all(known) and (sizes[start] != sizes[row]).any():
@@ -209,7 +212,8 @@ def other_format(boxes_px: np.ndarray, sizes_px: np.ndarray) -> tuple[str, str]:
     boxes, (h, w) = boxes_px.T.astype(np.float64), sizes_px.T.astype(np.float64)
     few = boxes.shape[1] < FEWEST
     if boxes.size and 0 < boxes.max() <= (1 if few else 1.5) and min(h.min(), w.min()) > 16:
-        if not few or (boxes % 1 > 0).any():  # a few boxes of one pixel are whole numbers
+        # a few boxes of one pixel are whole numbers, and a few at the border may begin outside
+        if not few or ((boxes % 1 > 0).any() and boxes.min() >= 0):
             return "fractions", f"the boxes look like fractions of their images (none is above {boxes.max():g})"
     if few:
         return "", ""

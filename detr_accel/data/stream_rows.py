@@ -81,7 +81,8 @@ class Block:
         self.good = np.isfinite(self.written).all(1)
         self.good[list(self.flat.bad)] = False
         sure = self.good & ~self.flat.crowd & (sizes > 0).all(1)
-        kind, text = settle.other_format(self.written[sure], sizes[sure])
+        enough = sure.sum() >= settle.FEWEST  # a block in the middle of a training is not ended for a few boxes
+        kind, text = settle.other_format(self.written[sure], sizes[sure]) if enough else ("", "")
         if kind:
             told = remedies(box_format)
             raise UserError(f"{how.title}: {text}: {told.get(kind, told[''])}")

@@ -36,6 +36,7 @@ def build(
     start_window: int = 0,
     evaluation_owed: bool = False,
     fingerprint: dict[str, str],
+    best: tuple[float, int] | None = None,
     wandb_run_id: str | None = None,
     parent: str | None = None,
     mode: str | None = None,
@@ -49,6 +50,7 @@ def build(
         accelerator: made with ``log_with="wandb"`` where log.wandb.enabled is set.
         start_window, evaluation_owed: see ``Sinks``.
         fingerprint: name of a split -> its data's fingerprint.
+        best: value and window of the best evaluation so far.
         wandb_run_id: the W&B run to go on with (online only).
         parent: the checkpoint that this run branched off.
         mode: of W&B, the same on every process; None asks ``wandb_mode``.
@@ -72,6 +74,7 @@ def build(
     sinks = Sinks(
         Path(run_folder), console, eta, wandb, name=recipe.name, start_window=start_window,
         evaluation_owed=evaluation_owed, device=accelerator.device, metric=recipe.evaluate.metric,
+        best=best,
     )  # fmt: skip
     if wandb is not None:
         sinks.say(wandb.note)

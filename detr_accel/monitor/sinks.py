@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,6 +34,7 @@ class Sinks:
         evaluation_owed: an evaluation after start_window is still to come, and its row, if there is one, with it.
         device: whose memory is reported.
         metric: by which evaluations are compared.
+        best: value and window of the best evaluation so far.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class Sinks:
         evaluation_owed: bool = False,
         device: Any = "cpu",
         metric: str = "AP",
+        best: tuple[float, int] | None = None,
     ) -> None:
         run_folder.mkdir(parents=True, exist_ok=True)
         self.console, self.eta, self.wandb, self.name, self.device = console, eta, wandb, name, device
@@ -62,10 +63,7 @@ class Sinks:
         self.alarms = JsonLines(run_folder / "alarms.jsonl", None if start_window else -1)
         self._alarmed = {(row["window"], row["title"]) for row in read(run_folder / "alarms.jsonl")}
         self.meter = Meter()
-        self.metric = metric
-        self.best: tuple[float, int] | None = None
-        for row in read(self.metrics.path):
-            self._note_best(row.get(f"val/{metric}") or math.nan, row["window"])
+        self.metric, self.best = metric, best
         self._said_eta = 0
 
     def say(self, text: str) -> None:

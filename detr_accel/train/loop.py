@@ -102,7 +102,7 @@ def _train(
         sinks = monitor.build(
             recipe, run.path, accelerator, total_windows=built.length.total, windows_per_epoch=built.length.per_epoch,
             start_window=state.window, evaluation_owed=state.evaluated_window != state.window,
-            fingerprint=fingerprints, wandb_run_id=state.wandb_run_id, parent=state.parent,
+            fingerprint=fingerprints, wandb_run_id=state.wandb_run_id, parent=state.parent, best=_best(state),
             mode=on_main(accelerator, lambda: monitor.wandb_mode(recipe)),
         )  # fmt: skip
         with sinks, Roll(accelerator, recipe.dist.timeout_minutes).watch(sinks, run, state):
@@ -116,6 +116,10 @@ def _train(
             return finished
     finally:
         stop.restore()
+
+
+def _best(state: State) -> tuple[float, int] | None:
+    return None if state.best is None or state.best_window is None else (state.best, state.best_window)
 
 
 def _fit(built: Parts, state: State) -> list[str]:

@@ -168,6 +168,17 @@ DAMAGE = {
         lambda t, f: [t["images"][i].update(file_name=f"cam{i}/im2.png") for i in (1, 3)],
         {"image.file_conflict": 1}, without_images(2, 4),
     ),
+    "one file for two folders, and once without": (
+        lambda t, f: [t["images"][i].update(file_name=f"{at}im2.png") for i, at in ((1, ""), (3, "a/"), (4, "b/"))],
+        {"image.file_twice": 1, "image.file_conflict": 1}, without_images(2, 4, 5),
+    ),
+    "a head, and an annotation with no id for a category": (
+        lambda t, f: (
+            t["annotations"][1].update(category_id=[3]),
+            t.update(categories=[{"id": 0, "name": "cat"}, *({**c, "supercategory": "cat"} for c in t["categories"])]),
+        ),
+        {"category.head": 1, "annotation.category": 1}, of_2(DOG),
+    ),
     "a file twice, once with its folder": (
         put("images", 3, file_name="images/im2.png"), {"image.file_twice": 1},
         without_images(4) | {2: sorted([CAT, box(4, 0), DOG])}, without_images(2, 4),
@@ -325,6 +336,7 @@ def test_a_few_fractions_are_told_from_a_few_boxes_of_a_pixel():
     sizes, few = np.full((12, 2), 480), np.tile([[0.31, 0.22, 0.4, 0.5]], (12, 1))
     assert other_format(few, sizes)[0] == other_format(few[:1], sizes[:1])[0] == "fractions"
     assert other_format(np.tile([[1.0, 0.0, 1.0, 1.0]], (12, 1)), sizes) == ("", "")
+    assert other_format(np.array([[-9.5, -8.0, 0.8, 0.6]]), sizes[:1]) == ("", "")
     assert other_format(np.zeros((0, 4)), np.zeros((0, 2))) == ("", "")
 
 

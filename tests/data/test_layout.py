@@ -180,8 +180,22 @@ def test_versions_of_one_picture_stay_in_one_part(tmp_path, write_split, recipe_
     for seed in range(4):
         splits = data.build(recipe_for(tmp_path, val_fraction=0.3).model_copy(update={"seed": seed}))
         pictures = [{s.name(i).split("_")[0] for i in range(len(s))} for s in (splits.train, splits.val)]
-        assert not pictures[0] & pictures[1] and (len(splits.train), len(splits.val)) == (6, 6)
+        assert not pictures[0] & pictures[1] and (len(splits.train), len(splits.val)) == (9, 3)
     assert "12 images are versions of others" in splits.found[0]
+    old = {"seed": 5, "val_fraction": 0.3, "train": [*range(2, 13)], "val": [1]}
+    assert "beware: 1 images of val are versions of images of train" in data.build(recipe_for(tmp_path), old).found[0]
+
+
+def test_a_large_group_of_versions_does_not_take_the_place_of_training(tmp_path, write_split, recipe_for):
+    tree = write_split(tmp_path / "labels.json", tmp_path / "images", 20)
+    for i, record in enumerate(tree["images"][:12]):
+        name = f"image_jpg.rf.{i:032x}.png"
+        (tmp_path / "images" / record["file_name"]).rename(tmp_path / "images" / name)
+        record["file_name"] = name
+    (tmp_path / "labels.json").write_text(json.dumps(tree))
+    for seed in range(5):
+        splits = data.build(recipe_for(tmp_path, val_fraction=0.3).model_copy(update={"seed": seed}))
+        assert (len(splits.train), len(splits.val)) == (14, 6)
 
 
 def test_a_class_that_a_cut_leaves_without_a_box_is_named(tmp_path, write_split, recipe_for):
