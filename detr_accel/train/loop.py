@@ -151,7 +151,7 @@ def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal
         begun = time.perf_counter()
         sinks.phases.watch((state.window + 1) % recipe.log.every == 0 or state.window + 1 == built.length.total)
         loader = LoaderTime.of(micro_batches)
-        turn.canvas_px = data.largest_canvas(micro_batches)
+        turn.canvas_px, turn.wait_seconds = data.largest_canvas(micro_batches), wait_seconds
         micro_batches, lost = data.without_lost(micro_batches)
         if state.window in turn.other_pictures:
             state.alarms.begin_anew()
@@ -183,7 +183,7 @@ def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal
             sinks.last(stats, clock.take())
         if not goes_on:
             return turn.over
-        told = windows.seen(loader, stats.seconds - stats.wait_seconds)
+        told = windows.seen(loader, stats.seconds - wait_seconds)
         if told is not None:
             sinks.say(told)
             turn.forget_waiting()
@@ -198,6 +198,7 @@ class _Turn:
         self.validate = validation.Validation(built, sinks)
         self.save = Saver(built, run, sinks)
         self.canvas_px = (0, 0)  # of this process's part of the window in hand
+        self.wait_seconds = 0.0  # for it
         self.commit = Commit(built, run, sinks, Captures(built, run.path / "captures"))
         self.alarms = monitor.build_alarms(
             built.recipe, state.alarms, len(built.splits.train), built.accelerator.device,
@@ -232,7 +233,7 @@ class _Turn:
         while True:
             requests = Requests(
                 self.stop.requested, self.save.due_by_clock(), self.commit.broken, failure, lambda: self.stop.overdue,
-                self.canvas_px,
+                self.canvas_px, self.wait_seconds,
             )
             micro_batches = memory_fit.recut(micro_batches, state.micro)
             result = built.runner.run(micro_batches, all_share=all_share, planned=planned, requests=requests)
@@ -386,6 +387,6 @@ def _stats(
     return StepStats(
         window=state.window, step=state.step, epoch=state.window / length.per_epoch, loss=result.losses["loss"],
         losses=losses, grad_norm=result.grad_norm, grad_norms=result.grad_norms, lr=lr, num_images=result.num_images,
-        num_boxes=result.num_boxes, seconds=seconds + wait_seconds, wait_seconds=wait_seconds, accepted=accepted,
+        num_boxes=result.num_boxes, seconds=seconds + wait_seconds, wait_seconds=result.wait_seconds, accepted=accepted,
         extra=counts, facts=result.facts, num_dropped=state.dropped,
     )  # fmt: skip

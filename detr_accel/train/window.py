@@ -45,6 +45,7 @@ class WindowResult:
     num_boxes: int = 0
     most_boxes: int = 0  # of one image, where the model asks for it
     facts: dict[str, float] = field(default_factory=dict)  # of the targets: see FACTS; and the share of padding
+    wait_seconds: float = 0.0  # for images, of the process that waited longest: all others waited for it
     statistics_finite: bool = True  # the running statistics that forward wrote
     bad_images: list[int] = field(default_factory=list)  # image ids whose matching cost was not finite
     canvas_px: tuple[int, int] | None = None  # (h, w) that every micro-batch was padded to; None: each has its own
@@ -82,6 +83,7 @@ class Requests:
     failure: str | None = None  # loading its images failed, in words
     overdue: Callable[[], bool] = lambda: False  # asked between micro-batches: the window can wait no longer
     canvas_px: tuple[int, int] = (0, 0)  # (h, w) planned for its part of the window, images that are lost included
+    wait_seconds: float = 0.0  # that it waited for its images
 
 
 class WindowRunner:
@@ -146,7 +148,7 @@ class WindowRunner:
         self.model.train()
         self.forward_state.remember()
         canvas_px, most_boxes = self._largest(micro_batches, requests.canvas_px)
-        total, failure = self._count(micro_batches, requests.failure, canvas_px)
+        total, failure = self._count(micro_batches, requests, canvas_px)
         if self.overlap and (failure or requests.broken):  # the others enter backward's reductions and cannot be told
             raise Lonely(failure or "memory ran out inside the optimizer's step; go on with --resume")
         overlap = self.overlap and all_share
@@ -209,9 +211,11 @@ class WindowRunner:
         return (sides[0], sides[1]) if self.own_canvas else None, most if denoised else 0
 
     def _count(
-        self, micro_batches: Sequence[Batch], failure: str | None, canvas_px: tuple[int, int] | None
+        self, micro_batches: Sequence[Batch], requests: Requests, canvas_px: tuple[int, int] | None
     ) -> tuple[Tensor, str | None]:
-        """The window's counts over all processes, and why this process cannot take part."""
+        """The window's counts over all processes, then each one's wait; and why this process cannot take part."""
+        failure, waits = requests.failure, torch.zeros(self.accelerator.num_processes, dtype=torch.float64)
+        waits[self.accelerator.process_index] = requests.wait_seconds
         count = torch.cat([self.criterion.count([]), torch.zeros(len(FACTS) + PIXELS, dtype=torch.float64)])
         if failure is None:
             try:
@@ -222,7 +226,7 @@ class WindowRunner:
                 count = torch.stack([count, *rows]).sum(0)
             except UserError as error:
                 failure = str(error)
-        return all_reduce_sum(count, self.accelerator.device), failure
+        return all_reduce_sum(torch.cat([count, waits]), self.accelerator.device), failure
 
     def _compute(
         self,
@@ -322,7 +326,9 @@ class WindowRunner:
         result.losses = dict(zip(names, read, strict=False))
         result.grad_norms = dict(zip(self.groups, read[len(names) :], strict=False))
         result.grad_norm = float(np.sqrt(np.sum(np.square(list(result.grad_norms.values())))))
-        health, num_boxes, matched, num_images, *facts, used_px, canvas_px = read[len(names) + len(norms) :]
+        health, num_boxes, matched, num_images, *more = read[len(names) + len(norms) :]
+        facts, (used_px, canvas_px, *waits) = more[: len(FACTS)], more[len(FACTS) :]
+        result.wait_seconds = max(waits)
         result.facts = dict(zip(FACTS, map(int, facts), strict=True)) | {"unmatched_boxes": int(num_boxes - matched)}
         result.facts["padding"] = 1 - used_px / max(canvas_px, 1)
         result.statistics_finite = bool(np.isfinite(health))

@@ -63,6 +63,13 @@ def test_every_layout_gives_the_gradient_of_the_whole_batch(layouts, detector, k
     compare(whole_grads, grads, 1e-9)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_wait_for_images_is_that_of_the_process_that_waited_longest(layouts, processes):
+    """The others wait for it in the reduction, and would say that they never wait for images."""
+    results = layouts[processes]["detr"]
+    assert {results[kind, 2, False][0]["wait_seconds"] for kind in ("full", "one")} == {processes - 0.5}
+
+
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_the_comparison_can_fail(layouts, detector):
     _, whole = layouts[1][detector]["full", 8, False]

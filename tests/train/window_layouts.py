@@ -15,7 +15,7 @@ from detr_accel.recipe import loads
 from detr_accel.structures import Batch, Targets
 from detr_accel.train import launch
 from detr_accel.train.launch import make_accelerator
-from detr_accel.train.window import WindowRunner
+from detr_accel.train.window import Requests, WindowRunner
 
 _file = Path(__file__).parents[2] / "benchmarks" / "device_reads.py"
 _spec = importlib.util.spec_from_file_location("device_reads", _file)
@@ -132,7 +132,8 @@ def run(detector: str, dtype: torch.dtype, accelerator) -> tuple[dict, dict]:
                 start, stop = mine.start, mine.stop
                 micros = [cut(batch, i, min(i + micro, stop)) for i in range(start, stop, micro)]
                 with CountReads(moves=False) as counted:
-                    result = runner.run(micros, all_share=len(sizes) >= ranks)
+                    waited = Requests(wait_seconds=rank + 0.5)
+                    result = runner.run(micros, all_share=len(sizes) >= ranks, requests=waited)
                 reads[kind, micro, overlap] = (len(micros), counted.reads)
                 grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
                 results[kind, micro, overlap] = (vars(result), grads)
