@@ -94,6 +94,7 @@ def _join_doubles(table: Table, paths: Strings, target: np.ndarray, sizes: np.nd
     """Records of one file become the first of them, where they speak of one size and name no two folders."""
     first: dict[str, int] = {}
     longest: dict[str, str] = {}  # of the names that the records of a file have
+    apart: set[str] = set()  # files that records of several folders lay claim to
     for row in range(len(table)):
         path = paths[row]
         if not path:
@@ -108,8 +109,9 @@ def _join_doubles(table: Table, paths: Strings, target: np.ndarray, sizes: np.nd
             f"({table.file_names[row]!r}) are the same file {path}: keep one record for each image"
         )
         known = (sizes[start] > 0).all(), (sizes[row] > 0).all()
-        if not fits or target[start] < 0:
-            other = f"{text}; their folders differ, and whose picture it is nobody can tell" if not fits else text
+        if not fits or path in apart:
+            apart.add(path)
+            other = f"{text}; the folders of its records differ, and whose picture it is nobody can tell"
             dirt.note("image.file_conflict", other, places=[(table.file_names[row], None)])
             target[[start, row]] = -1
         elif all(known) and (sizes[start] != sizes[row]).any():
