@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from detr_accel import recipe as recipes
 from detr_accel.models.keymaps import StateDict, is_counter
@@ -70,6 +73,8 @@ def infer(
     dc5: bool = False,
     num_heads: int = 8,
     dropout: float = 0.1,
+    pixels: str = "timm",
+    sizes: Mapping[str, Any] = MappingProxyType({}),
 ) -> recipes.Recipe:
     """The recipe of foreign weights that bear our names.
 
@@ -77,6 +82,7 @@ def infer(
         name: of the recipe; characters that it may not have become ``-``.
         source: for messages.
         backbone: timm name; read off the shapes where it is None.
+        sizes: keys of ``data``.
     Raises:
         UserError: a part is missing that every DETR has, or the backbone is none that is known.
     """
@@ -93,7 +99,7 @@ def infer(
     if hidden_dim % num_heads:
         raise UserError(f"{source}: width {hidden_dim} is no multiple of {num_heads} heads; say num_heads")
     model = recipes.Model(
-        backbone=recipes.Backbone(name=backbone, norm="frozen", frozen_stages=2, dc5=dc5),
+        backbone=recipes.Backbone(name=backbone, norm="frozen", frozen_stages=2, dc5=dc5, pixels=pixels),
         hidden_dim=hidden_dim,
         num_heads=num_heads,
         num_encoder_layers=count_layers(state, "transformer.encoder.layers."),
@@ -103,7 +109,7 @@ def infer(
         num_queries=num_queries,
     )
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("._-") or "converted"
-    return recipes.Recipe(name=name, data=recipes.Data(root=DATA_ROOT), model=model)
+    return recipes.Recipe(name=name, data=recipes.Data(root=DATA_ROOT, **sizes), model=model)
 
 
 def check(state: StateDict, recipe: recipes.Recipe, num_classes: int, source: str | Path) -> None:

@@ -17,11 +17,11 @@ from detr_accel.models.coco_classes import COCO_NAMES, NUM_LABELS, coco_91
 from detr_accel.models.keymaps import MASKED, from_transformers, is_counter, is_masked, to_transformers
 from detr_accel.models.rtdetr_folder import MEAN, STD
 from detr_accel.models.weights import Loaded
-from detr_accel.recipe import Recipe
 from detr_accel.structures import Classes, UserError
 
 _KEPT_CONFIG = "transformers_config"
 _COUNTS = ("encoder_attention_heads", "decoder_attention_heads")
+EDGES = {"shortest_edge": 800, "longest_edge": 1333}  # of the published detectors, in pixels
 _RESNET_PARTS = {"conv1", "bn1", "maxpool", "layer1", "layer2", "layer3", "layer4"}
 
 
@@ -44,6 +44,7 @@ def read(folder: Path) -> Loaded:
     report = [f"{folder}: transformers' key names, {len(raw)} tensors"]
     if len(named) > len(state):
         report.append(f"left out: {len(named) - len(state)} batch counters, which frozen normalisation does not use")
+    sizes, pixels = _preprocessing(folder, report)
     recipe = architecture.infer(
         state,
         folder.name,
@@ -52,9 +53,10 @@ def read(folder: Path) -> Loaded:
         dc5=_is_dc5(config),
         num_heads=config.get("encoder_attention_heads", 8),
         dropout=config.get("dropout", 0.1),
+        pixels=pixels,
+        sizes=sizes,
     )
     classes = _classes(config, len(state["class_embed.bias"]) - 1, folder, report)
-    recipe = _with_preprocessor(recipe, folder, report)
     meta = {"weights": "raw", "source": folder.name, "format": "transformers", _KEPT_CONFIG: config}
     return Loaded(state, recipe, classes, meta, folder, report)
 
@@ -127,30 +129,25 @@ def _classes(config: dict, num_labels: int, folder: Path, report: list[str]) -> 
     return rtdetr_folder.class_table(config, [table[i] for i in range(num_labels)])
 
 
-def _with_preprocessor(recipe: Recipe, folder: Path, report: list[str]) -> Recipe:
-    """The recipe, with sizes and normalisation of preprocessor_config.json; what ours has not is in the report."""
+def _preprocessing(folder: Path, report: list[str]) -> tuple[dict[str, Any], str]:
+    """Keys of ``data``, and how pixels are normalised, by preprocessor_config.json; what ours has not is reported."""
     path = folder / "preprocessor_config.json"
     if not path.is_file():
-        return recipe
+        return {}, "timm"
     told = rtdetr_folder.read_table(path)
-    sizes = _sizes(told)
+    sizes = _sizes(told.get("size", EDGES), told)
     if sizes is None:
-        known = f"{recipe.data.eval_size} on the short side, at most {recipe.data.eval_max_size} on the long one"
-        report.append(f"beware: its images are resized to {told.get('size')}, here to {known}")
-    else:
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=sizes)})
+        report.append(f"beware: its images are resized to {told.get('size')}, here to {EDGES}")
     if not told.get("do_normalize", True):
-        backbone = recipe.model.backbone.model_copy(update={"pixels": "unit"})
-        return recipe.model_copy(update={"model": recipe.model.model_copy(update={"backbone": backbone})})
+        return sizes or {}, "unit"
     mean, std = told.get("image_mean", MEAN), told.get("image_std", STD)
     if not (_are_levels(mean, MEAN) and _are_levels(std, STD)):
         report.append(f"beware: its images are normalised with mean {mean} and std {std}, here with {MEAN} and {STD}")
-    return recipe
+    return sizes or {}, "timm"
 
 
-def _sizes(preprocessor: dict) -> dict[str, Any] | None:
-    """What its ``size`` is in keys of ``data``; None where there are none for it."""
-    size = preprocessor.get("size", {"shortest_edge": 800, "longest_edge": 1333})
+def _sizes(size: Any, preprocessor: dict) -> dict[str, Any] | None:
+    """What ``size`` is in keys of ``data``; None where there are none for it."""
     if type(size) is int:  # of old: the short side
         size = {"shortest_edge": size, "longest_edge": preprocessor.get("max_size", 1333)}
     if not isinstance(size, dict) or not all(type(value) is int and value > 0 for value in size.values()):

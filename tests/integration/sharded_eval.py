@@ -92,7 +92,8 @@ def main(checkpoint: Path, folder: Path, out: Path) -> None:
     metrics = evaluate.run(
         lambda batch: found(batch, recipe.evaluate.max_detections), batches(), ground_truth=source.ground_truth(),
         to_category=to_category, gather=gather_object, broadcast=broadcast_object_list,
-        is_main=state.is_main_process, max_detections=recipe.evaluate.max_detections, backend=recipe.evaluate.backend,
+        is_main=state.is_main_process, max_detections=recipe.evaluate.max_detections,
+        num_queries=recipe.model.num_queries, backend=recipe.evaluate.backend,
     )  # fmt: skip
     criterion = models.build_criterion(recipe, len(found.classes))
     losses = set_loss.over(batches(), found.model, criterion, accelerator)
