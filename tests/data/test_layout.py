@@ -169,14 +169,18 @@ def test_a_validation_json_without_its_pictures_does_not_take_the_training_ones_
     assert any("3 images are in both splits" in line for line in data.build(recipe_for(tmp_path)).found)
 
 
+def as_versions(root, tree: dict, picture_of) -> None:
+    """Rename the first twelve images of ``labels.json`` as Roboflow names versions of ``picture_of(number)``."""
+    for i, record in enumerate(tree["images"][:12]):
+        name = f"{picture_of(i)}_jpg.rf.{i:032x}.png"
+        (root / "images" / record["file_name"]).rename(root / "images" / name)
+        record["file_name"] = name
+    (root / "labels.json").write_text(json.dumps(tree))
+
+
 def test_versions_of_one_picture_stay_in_one_part(tmp_path, write_split, recipe_for):
     """Roboflow's augmentation, cut here: else nearly each validation image has a sibling to be learned by heart."""
-    tree = write_split(tmp_path / "labels.json", tmp_path / "images", 12)
-    for i, record in enumerate(tree["images"]):
-        name = f"p{i // 3}_jpg.rf.{i:032x}.png"
-        (tmp_path / "images" / record["file_name"]).rename(tmp_path / "images" / name)
-        record["file_name"] = name
-    (tmp_path / "labels.json").write_text(json.dumps(tree))
+    as_versions(tmp_path, write_split(tmp_path / "labels.json", tmp_path / "images", 12), lambda i: f"p{i // 3}")
     for seed in range(4):
         splits = data.build(recipe_for(tmp_path, val_fraction=0.3).model_copy(update={"seed": seed}))
         pictures = [{s.name(i).split("_")[0] for i in range(len(s))} for s in (splits.train, splits.val)]
@@ -187,12 +191,7 @@ def test_versions_of_one_picture_stay_in_one_part(tmp_path, write_split, recipe_
 
 
 def test_a_large_group_of_versions_does_not_take_the_place_of_training(tmp_path, write_split, recipe_for):
-    tree = write_split(tmp_path / "labels.json", tmp_path / "images", 20)
-    for i, record in enumerate(tree["images"][:12]):
-        name = f"image_jpg.rf.{i:032x}.png"
-        (tmp_path / "images" / record["file_name"]).rename(tmp_path / "images" / name)
-        record["file_name"] = name
-    (tmp_path / "labels.json").write_text(json.dumps(tree))
+    as_versions(tmp_path, write_split(tmp_path / "labels.json", tmp_path / "images", 20), lambda i: "image")
     for seed in range(5):
         splits = data.build(recipe_for(tmp_path, val_fraction=0.3).model_copy(update={"seed": seed}))
         assert (len(splits.train), len(splits.val)) == (14, 6)
