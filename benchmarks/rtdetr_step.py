@@ -4,11 +4,10 @@
     python benchmarks/rtdetr_step.py --turns 20 --out benchmarks/results/rtdetr_step.json
 
 The settings are those of ``rtdetr_curve.py``: tf_efficientnet_lite0 with frozen norms, width 128, 3 decoder layers, 100
-queries, batch 8 of
-320 x 320, 3 classes, 13 boxes an image (BCCD's mean), about 100 denoising queries of each kind, AdamW. Both models live
-in one process and take turns, one step each, so that a slow minute of a shared machine slows both; the ratio is the
-median over turns of the ratio within a turn. transformers' loss is its own; ours runs through ``WindowRunner``, with
-what belongs to a window (counts, norms, finiteness, running statistics remembered).
+queries, batch 8 of 320 x 320, 3 classes, 13 boxes an image (BCCD's mean), about 100 denoising queries of each kind,
+AdamW. Both models live in one process and take turns, one step each, so that a slow minute of a shared machine slows
+both; the ratio is the median over turns of the ratio within a turn. transformers' loss is its own; ours runs through
+``WindowRunner``, with what belongs to a window (counts, norms, finiteness, running statistics remembered).
 """
 
 from __future__ import annotations

@@ -111,7 +111,8 @@ def _parser() -> argparse.ArgumentParser:
     _data_verbs(verb)
 
     p = verb(
-        "eval", _eval, "COCO metrics of a run or checkpoint; its keys of data and evaluate can be set as key=value",
+        "eval", _eval, "COCO metrics of a run or checkpoint; its keys of data and evaluate, and an RT-DETR's "
+        "model.num_queries and model.rtdetr.sampling, can be set as key=value",
         overrides=True,
     )  # fmt: skip
     p.add_argument("model", help="run, checkpoint, model folder, .pth or .safetensors")

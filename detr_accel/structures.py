@@ -44,6 +44,19 @@ def writing(path: str | Path, *also: type[Exception]) -> Iterator[None]:
         raise UserError(f"cannot write {path}: {reason}; free space there or choose another path") from None
 
 
+def check_free(path: str | Path, *, or_empty: bool = False) -> None:
+    """Refuse to write over what is there.
+
+    Args:
+        or_empty: an empty folder will do.
+    Raises:
+        UserError: the path is taken.
+    """
+    path = Path(path)
+    if path.exists() and not (or_empty and path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} exists already: choose another path or remove it first")
+
+
 @dataclass(frozen=True)
 class Classes:
     """The table between contiguous labels and a data set's own category ids.

@@ -180,6 +180,67 @@ def test_a_recipe_of_rtdetr_has_the_published_size_and_says_its_own(name, publis
     assert f"Parameters: {millions:.1f} million (published: {published})" in path.read_text()
 
 
+# What the papers' and programs' own settings say (arXiv 2304.08069, 2407.17140, 2412.04234), key by key.
+OF_ALL = {
+    "batch.size": 16, "optim.weight_decay": 1e-4, "optim.betas": [0.9, 0.999], "optim.clip_norm": 0.1,
+    "ema.enabled": True, "ema.decay": 0.9999, "data.eval_size": 640, "data.square": True,
+    "data.augment.scales": [*range(480, 640, 32), 640, 640, 640, *range(672, 801, 32)],
+    "data.augment.photometric.probability": 0.5, "data.augment.zoom_out.probability": 0.5,
+    "data.augment.iou_crop.probability": 0.8, "data.augment.flip": 0.5, "model.num_queries": 300,
+    "model.num_decoder_layers": 6, "model.num_encoder_layers": 1, "model.hidden_dim": 256, "model.num_heads": 8,
+    "model.dim_feedforward": 1024, "model.dropout": 0.0, "model.rtdetr.num_points": [4, 4, 4],
+    "model.rtdetr.num_denoising": 100, "model.rtdetr.label_noise": 0.5, "model.rtdetr.box_noise": 1.0,
+    "loss.bbox": 5.0, "loss.giou": 2.0, "loss.cost_class": 2.0, "loss.cost_bbox": 5.0, "loss.cost_giou": 2.0,
+}  # fmt: skip
+R101 = {"model.rtdetr.encoder_dim": 384, "model.rtdetr.encoder_feedforward": 2048}
+FIRST = {  # auto: frozen with weights, varifocal
+    "schedule.epochs": 72, "schedule.kind": "constant", "optim.lr": 1e-4, "model.backbone.norm": "auto",
+    "model.backbone.frozen_stages": 1, "loss.kind": "auto", "loss.vfl": 1.0, "model.rtdetr.activation": "relu",
+    "model.rtdetr.query_pos_layers": 2,
+}  # fmt: skip
+PUBLISHED = {
+    "rtdetr_r50_coco": OF_ALL | FIRST | {
+        "model.rtdetr.encoder_dim": 256, "model.rtdetr.encoder_feedforward": 1024, "optim.lr_backbone": 1e-5,
+        "schedule.warmup_steps": 0, "optim.no_decay": ["norms", "biases"],
+    },
+    "rtdetr_r101_coco": OF_ALL | R101 | FIRST | {
+        "optim.lr_backbone": 1e-6, "schedule.warmup_steps": 0, "optim.no_decay": [],
+    },
+    "rtdetr_v2_r101_coco": OF_ALL | R101 | FIRST | {
+        "optim.lr_backbone": 1e-6, "schedule.warmup_steps": 2000, "schedule.warmup": "linear",
+        "optim.no_decay": ["norms"], "data.augment.photometric.stop": pytest.approx(71 / 72, abs=1e-3),
+        "data.augment.scales_stop": pytest.approx(71 / 72, abs=1e-3),
+    },
+    "rtdetr_r101_deim_coco": OF_ALL | R101 | {
+        "schedule.epochs": 60, "schedule.kind": "flat_cosine", "schedule.warmup": "quadratic",
+        "schedule.warmup_steps": 2000, "schedule.min_factor": 0.5,
+        "schedule.fall": [pytest.approx(34 / 60, abs=1e-3), pytest.approx(58 / 60, abs=1e-3)],
+        "schedule.return_to_best": pytest.approx(58 / 60, abs=1e-3), "optim.lr": 2e-4, "optim.lr_backbone": 2e-6,
+        "optim.lr_backbone_norms": 2e-4, "optim.no_decay": ["norms"], "model.backbone.norm": "live",
+        "model.backbone.frozen_stages": 0, "loss.kind": "mal", "loss.mal": 1.0, "model.rtdetr.activation": "silu",
+        "model.rtdetr.mlp_activation": "silu", "model.rtdetr.query_pos_layers": 3,
+        "data.augment.mosaic.probability": 0.5, "data.augment.mixup.probability": 0.5,
+        "data.augment.mosaic.start": pytest.approx(4 / 60, abs=1e-3),
+        "data.augment.mosaic.stop": pytest.approx(34 / 60, abs=1e-3),
+        "data.augment.mixup.stop": pytest.approx(34 / 60, abs=1e-3),
+        "data.augment.iou_crop.stop": pytest.approx(58 / 60, abs=1e-3),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_recipe_of_rtdetr_has_the_published_numbers(name):
+    loaded = json.loads(shipped(recipe.folder() / f"{name}.yaml").model_dump_json())
+
+    def at(key: str):
+        value = loaded
+        for part in key.split("."):
+            value = value[part]
+        return value
+
+    assert {key: at(key) for key in PUBLISHED[name]} == PUBLISHED[name]
+
+
 def test_rtdetrs_recipes_train_and_evaluate_on_the_same_squares():
     for path in SHIPPED:
         loaded = shipped(path)

@@ -161,6 +161,19 @@ def out_of_reach(annotations: list[dict], max_detections: int, num_queries: int 
     return sizes.total() - sum(held.values() if num_queries is None else (min(n, num_queries) for n in held.values()))
 
 
+def lost_in_crowds(annotations: list[dict], max_detections: int, num_queries: int) -> list[tuple[str, str]]:
+    """What of a split no detector can be credited with, however good it is: in words, each with its remedy."""
+    found = []
+    if lost := out_of_reach(annotations, max_detections):
+        limit = f"evaluate.max_detections ({max_detections})"
+        text = f"{lost} validation boxes are beyond {limit} of a class in their image"
+        found.append((text, "raise evaluate.max_detections (COCO's own figures are at 100)"))
+    if lost := out_of_reach(annotations, len(annotations), num_queries):
+        text = f"{lost} validation boxes are beyond model.num_queries ({num_queries}) in their image"
+        found.append((text, "raise model.num_queries where the weights allow it"))
+    return found
+
+
 def _images_by_id(ground_truth: dict) -> list[dict]:
     """The images in the order in which ties are counted: by id."""
     return sorted(ground_truth["images"], key=lambda image: image["id"])

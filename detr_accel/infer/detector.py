@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import torch
 from torch import nn
 
 from detr_accel import models
+from detr_accel import recipe as recipes
 from detr_accel.models import convert
 from detr_accel.recipe import Recipe
 from detr_accel.structures import Batch, Classes, Detections, UserError
 
+FREE = ("model.num_queries", "model.rtdetr.sampling")  # of an RT-DETR: its weights fit any
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -42,7 +45,12 @@ class Detector:
 
 
 def load(
-    path: str | Path, *, decoder_layers: int | None = None, device: str = "auto", precision: str = "float32"
+    path: str | Path,
+    *,
+    decoder_layers: int | None = None,
+    device: str = "auto",
+    precision: str = "float32",
+    overrides: Sequence[str] = (),
 ) -> Detector:
     """Read a run, a checkpoint, a model folder, an official ``.pth`` or a transformers folder.
 
@@ -50,21 +58,37 @@ def load(
         decoder_layers: keep only the first so many decoder layers; the auxiliary losses trained each of them to answer.
         device: ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
         precision: ``float32``, or ``bf16`` or ``fp16`` for autocast as in training.
+        overrides: ``key=value`` for the checkpoint's recipe, of the keys in ``FREE``.
     Raises:
         UserError: nothing there, damaged, another model's weights, no such layer, or no such device or precision.
     """
     where = _device(device)
     _check_precision(precision, where)
     loaded = convert.read(path)
-    model = models.build(loaded.recipe, len(loaded.classes), load_weights=False)
+    recipe, said = _changed(loaded.recipe, overrides)
+    model = models.build(recipe, len(loaded.classes), load_weights=False)
     models.weights.load_into(model, loaded.state_dict, path)
-    notes, total = list(loaded.report), model.num_decoder_layers
+    notes, total = [*loaded.report, *said], model.num_decoder_layers
     if decoder_layers is not None:
         models.keep_decoder_layers(model, decoder_layers)
         notes.append(f"decoder: {decoder_layers} of {total} layers")
     cut_from = total if decoder_layers not in (None, total) else None
-    belongings = loaded.classes, loaded.recipe, loaded.meta, loaded.split
+    belongings = loaded.classes, recipe, loaded.meta, loaded.split
     return Detector(model.eval().to(where), *belongings, cut_from, where, precision, notes)
+
+
+def _changed(recipe: Recipe, overrides: Sequence[str]) -> tuple[Recipe, list[str]]:
+    if not overrides:
+        return recipe, []
+    m, queries = recipe.model, FREE[0]
+    if m.name != "rtdetr":
+        raise UserError(f"{overrides[0]}: a DETR's queries are weights, and only an RT-DETR takes other ones")
+    if m.rtdetr.learned_queries and any(text.partition("=")[0].strip() == queries for text in overrides):
+        raise UserError(f"{queries}: the {m.num_queries} of this RT-DETR are learned (rtdetr.learned_queries)")
+    now = recipes.changed(recipe, overrides)
+    before, after = (m.num_queries, m.rtdetr.sampling), (now.model.num_queries, now.model.rtdetr.sampling)
+    pairs = zip(FREE, before, after, strict=True)
+    return now, [f"{key}: {new}, where the checkpoint's recipe has {old}" for key, old, new in pairs if new != old]
 
 
 def _device(name: str) -> torch.device:

@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from detr_accel import data, evaluate
 from detr_accel import recipe as recipes
-from detr_accel.infer.detector import Detector, load
+from detr_accel.infer.detector import FREE, Detector, load
 from detr_accel.monitor.memory import is_out_of_memory
-from detr_accel.structures import Detections, UserError, writing
+from detr_accel.structures import Detections, UserError, check_free, writing
 
 
 def evaluate_checkpoint(
@@ -35,7 +35,8 @@ def evaluate_checkpoint(
         data_folder: a COCO folder; None takes the data set in the checkpoint's recipe, cut as it was for the training.
             Classes are matched by name.
         decoder_layers, device, precision: see ``detector.load``.
-        overrides: ``key=value`` for the checkpoint's recipe, in its sections data and evaluate.
+        overrides: ``key=value`` for the checkpoint's recipe, in its sections data and evaluate, or one of
+            ``detector.FREE``.
         detections: a new file for what was found, in COCO's result format with the data set's own ids.
     Returns:
         the metrics, and the sentences that say what was evaluated on what, and how.
@@ -43,17 +44,21 @@ def evaluate_checkpoint(
         UserError: anything the person can mend, in one sentence.
     """
     if detections is not None:
-        if detections.exists():
-            raise UserError(f"{detections} exists already: choose another path or remove it first")
+        check_free(detections)
         with writing(detections):  # now, and not after an hour
             detections.parent.mkdir(parents=True, exist_ok=True)
             detections.touch()
             detections.unlink()
-    detector = load(path, decoder_layers=decoder_layers, device=device, precision=precision)
-    for text in overrides:
+    of_model = [text for text in overrides if text.partition("=")[0].strip() in FREE]
+    of_data = [text for text in overrides if text not in of_model]
+    for text in of_data:
         if text.partition("=")[0].strip().split(".")[0] not in ("data", "evaluate"):
-            raise UserError(f"{text}: an evaluation takes keys of data and evaluate; the rest belongs to the weights")
-    detector.recipe = recipe = recipes.changed(detector.recipe, overrides) if overrides else detector.recipe
+            raise UserError(
+                f"{text}: an evaluation takes keys of data and evaluate, and {' and '.join(FREE)} of an RT-DETR; the "
+                "rest belongs to the weights"
+            )
+    detector = load(path, decoder_layers=decoder_layers, device=device, precision=precision, overrides=of_model)
+    detector.recipe = recipe = recipes.changed(detector.recipe, of_data) if of_data else detector.recipe
     source = _source(detector, split, data_folder)
     to_category, said = evaluate.match_classes(detector.classes, source.classes)
     said += _trained_on(detector, source, data_folder)

@@ -45,7 +45,7 @@ from detr_accel.models.keymaps import (
 )
 from detr_accel.models.warm_start import warm_start
 from detr_accel.models.weights import Loaded
-from detr_accel.structures import Classes, UserError, writing
+from detr_accel.structures import Classes, UserError, check_free, writing
 
 __all__ = ["FORMATS", "cut_head", "fetch", "init_from", "read", "write"]
 
@@ -110,8 +110,7 @@ def write(loaded: Loaded, path: str | Path, to: str = "ours", cut_head: bool = F
     path = Path(path)
     if path.resolve() == Path.cwd():
         raise UserError(f"{path} is the folder that you are in: give a new one, such as {path / 'detector'}")
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path} exists already: choose another path or remove it first")
+    check_free(path, or_empty=True)
     lines = list(loaded.report)
     if cut_head:
         loaded, line = _cut(loaded)

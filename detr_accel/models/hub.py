@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from detr_accel.structures import UserError, first_line, writing
+from detr_accel.structures import UserError, check_free, first_line, writing
 
 _FILES = ["model.safetensors", "config.json", "preprocessor_config.json", "recipe.yaml", "classes.json", "meta.json"]
 _PATIENCE_SECONDS = 10.0
@@ -41,8 +41,8 @@ def fetch(hub_id: str, out: str | Path | None = None) -> Path:
     )
 
     name, _, revision = hub_id.partition("@")
-    if out is not None and Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
-        raise UserError(f"{out} exists already: choose another path or remove it first")
+    if out is not None:
+        check_free(out, or_empty=True)
     try:
         with offline_if_unreachable():
             folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=_FILES))

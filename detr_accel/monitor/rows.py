@@ -30,12 +30,13 @@ def train_row(stats: StepStats) -> dict[str, float]:
 
 
 def val_row(metrics: Any) -> dict[str, float]:
-    """An evaluation's numbers, flat. ``metrics``: values, threshold, f1, num_images, num_detections."""
+    """An evaluation's numbers, flat. ``metrics``: values, threshold, f1, num_images, num_detections, out_of_reach."""
     row = {f"val/{name}": value for name, value in metrics.values.items()}
     row["val/f1"] = math.nan if metrics.f1 is None else metrics.f1
     row["val/threshold"] = math.nan if metrics.threshold is None else metrics.threshold
     row["val/num_images"] = metrics.num_images
     row["val/num_detections"] = metrics.num_detections
+    row["val/out_of_reach"] = metrics.out_of_reach
     return row
 
 

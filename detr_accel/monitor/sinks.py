@@ -128,7 +128,8 @@ class Sinks:
         """After an evaluation: a table, a row, and in W&B the classes' table and the panel.
 
         Args:
-            metrics: values, per_class, num_objects, threshold, f1, num_images, num_detections, to_json(), table().
+            metrics: values, per_class, num_objects, threshold, f1, num_images, num_detections, out_of_reach, to_json(),
+                table().
             weights: ``ema`` or ``raw``: which weights were evaluated.
             panel: (image uint8 [H, W, 3], true boxes xyxy px [N, 4], true labels [N], Detections, image id).
             classes: names of the panel's labels.

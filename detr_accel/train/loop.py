@@ -209,9 +209,12 @@ class _Turn:
         self.other_pictures = data.changes_of_augmentation(built.recipe, len(built.splits.train))
 
     def begin(self) -> bool:
-        """Before the first window: room on the disk, something to go back to, an evaluation that is owed."""
+        """Before the first window: room on the disk, what no training will find, something to go back to, an evaluation
+        that is owed."""
         state, recipe = self.state, self.built.recipe
         self.save.check_space()
+        if self.alarms is not None:
+            self._speak(self.alarms.begun(state.window, self.validate.lost_in_crowds()))
         if recipe.health.on_nonfinite == "rollback" and state.anchor is None:
             self.save(state, counted=True, must=True)
         owed = state.window > 0 and self.built.length.due(state.window, recipe.evaluate.every_epochs)

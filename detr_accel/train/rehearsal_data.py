@@ -63,19 +63,13 @@ def _stop_at(findings: list[look.Finding]) -> None:
 
 def _queries(recipe: Recipe, train: data.Source, val: data.Source) -> list[look.Finding]:
     most = train.most_boxes()
-    queries, reported = recipe.model.num_queries, recipe.evaluate.max_detections
+    queries = recipe.model.num_queries
     findings = []
     if most > queries:
         text = f"a training image has {most} boxes and model.num_queries is {queries}: some cannot be found"
         findings.append(look.Finding(text, "raise model.num_queries where the weights allow it"))
-    truth = val.ground_truth()["annotations"]
-    if lost := evaluate.out_of_reach(truth, reported):
-        text = f"{lost} validation boxes are beyond evaluate.max_detections ({reported}) of a class in their image"
-        findings.append(look.Finding(text, "raise evaluate.max_detections (COCO's own figures are at 100)"))
-    if lost := evaluate.out_of_reach(truth, len(truth), queries):
-        text = f"{lost} validation boxes are beyond model.num_queries ({queries}) in their image"
-        findings.append(look.Finding(text, "raise model.num_queries where the weights allow it"))
-    return findings
+    crowded = evaluate.lost_in_crowds(val.ground_truth()["annotations"], recipe.evaluate.max_detections, queries)
+    return [*findings, *(look.Finding(text, remedy) for text, remedy in crowded)]
 
 
 def _queues(recipe: Recipe, splits: data.Splits, accelerator: Accelerator) -> list[look.Finding]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from detr_accel import recipe as recipes
-from detr_accel.monitor.alarms import Memory
+from detr_accel.monitor.alarms import LOST_IN_CROWDS, Memory
 from detr_accel.recipe import Recipe
 from detr_accel.structures import UserError
 from detr_accel.train import changes, checkpoint
@@ -94,6 +94,7 @@ def _restore(parts: Parts, folder: Path, branch: bool) -> tuple[State, list[str]
         state.best = state.best_window = None  # checkpoints/best stays until an evaluation comes
         state.early_stop, state.plateau = Waiting(), Waiting(drops=state.plateau.drops)
         state.alarms.evaluations.clear()
+        state.alarms.episodes.pop(LOST_IN_CROWDS, None)
         notes.append(
             "the validation data, or how many detections count, differ from those before: the best so far, and what "
             "early stopping and plateaus wait for, begin anew"

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from detr_accel import cli, data
+from detr_accel import cli, data, models
+from detr_accel import recipe as recipes
 from detr_accel.data.shapes import CLASSES
 from detr_accel.infer import detector
 from detr_accel.infer.evaluation import evaluate_checkpoint
+from detr_accel.models import weights
 from detr_accel.structures import UserError
 
 
@@ -170,7 +172,7 @@ def test_a_data_set_that_has_moved_keeps_the_runs_own_split(tmp_path, make_run, 
     whole, notes = evaluated(checkpoint, data_folder=tmp_path / "moved")
     assert whole.num_images == 10 and said(notes, "beware: 7 of 10 images", "data.root=")
     with pytest.raises(UserError, match="takes keys of data and evaluate"):
-        evaluated(checkpoint, overrides=["model.num_queries=5"])
+        evaluated(checkpoint, overrides=["model.dropout=0"])
 
 
 def test_what_an_evaluation_found_is_written_with_the_data_sets_own_ids(tmp_path, make_run, make_coco, capsys):
@@ -210,3 +212,44 @@ def test_memory_that_runs_out_in_an_evaluation_is_one_sentence(tmp_path, make_ru
     monkeypatch.setattr(detector.Detector, "__call__", full)
     with pytest.raises(UserError, match="evaluation ran out of memory: set evaluate.batch below"):
         evaluated(checkpoint)
+
+
+RTDETR = """
+name: small
+data: {{format: coco, root: "{root}", square: true, eval_size: 64, workers: 0, val_fraction: 0.5}}
+model:
+  name: rtdetr
+  backbone: {{name: test_efficientnet, weights: none}}
+  hidden_dim: 16
+  num_heads: 4
+  num_decoder_layers: 1
+  dim_feedforward: 16
+  num_queries: 12
+  rtdetr: {{encoder_dim: 16, encoder_feedforward: 16, num_blocks: 1, learned_queries: {learned}}}
+"""
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_an_rtdetr_is_asked_for_as_many_objects_as_one_likes_unless_its_queries_are_learned(
+    tmp_path, make_coco, learned
+):
+    recipe = recipes.loads(RTDETR.format(root=make_coco(tmp_path / "mine", 6), learned=str(learned).lower()))
+    model = models.build(recipe, len(CLASSES))
+    weights.save(tmp_path / "one", model.state_dict(), recipes.dumps(recipe), CLASSES, {"weights": "raw"}, None)
+    few, _ = evaluated(tmp_path / "one", overrides=["evaluate.max_detections=500"])
+    assert few.num_detections == 3 * 12 * len(CLASSES)
+    asked = ["model.num_queries=60", "model.rtdetr.sampling=discrete", "evaluate.max_detections=500"]
+    if learned:
+        with pytest.raises(UserError, match="model.num_queries: the 12 of this RT-DETR are learned"):
+            evaluated(tmp_path / "one", overrides=asked)
+        asked = asked[1:]
+    many, notes = evaluated(tmp_path / "one", overrides=asked)
+    assert many.num_detections == few.num_detections * (1 if learned else 5)
+    assert said(notes, "model.num_queries: 60, where the checkpoint's recipe has 12") is not learned
+    assert said(notes, "model.rtdetr.sampling: discrete, where the checkpoint's recipe has bilinear")
+
+
+def test_what_belongs_to_a_detrs_weights_cannot_be_set(tmp_path, make_run, make_coco):
+    run = make_run(make_coco(tmp_path / "mine", 6))
+    with pytest.raises(UserError, match="model.num_queries=70: a DETR's queries are weights"):
+        evaluated(run, overrides=["model.num_queries=70"])

@@ -1,3 +1,5 @@
+from math import ceil, floor
+
 import pytest
 import torch
 from torch import nn
@@ -36,6 +38,41 @@ def test_any_timm_model_with_features_serves(name):
     assert trained and frozen
     assert all(p.grad is None for p in backbone.parameters() if not p.requires_grad)
     assert len(backbone.mean) == len(backbone.std) == 3
+
+
+NO_THREE = {"vit_tiny_patch16_224": "strides 16, 16, 16"}
+OF_RTDETR = """
+name: t
+data: {format: shapes}
+model:
+  name: rtdetr
+  backbone: {name: NAME, weights: none}
+  hidden_dim: 16
+  num_heads: 4
+  num_decoder_layers: 1
+  dim_feedforward: 16
+  num_queries: 9
+  rtdetr: {encoder_dim: 16, encoder_feedforward: 16, num_blocks: 1}
+"""
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_any_timm_model_whose_maps_halve_serves_an_rtdetr(name, make_batch):
+    recipe = recipes.loads(OF_RTDETR.replace("NAME", name))
+    if name in NO_THREE:
+        with pytest.raises(UserError, match=f"{name} has the {NO_THREE[name]}; choose another"):
+            models.build(recipe, 4)
+        return
+    torch.manual_seed(0)
+    model, criterion = models.build(recipe, 4).train(), models.build_criterion(recipe, 4)
+    images, mask, targets = make_batch([2, 0, 1], dtype=torch.float32)
+    maps = model.backbone(images)
+    sides = [tuple(m.shape[-2:]) for m in maps]
+    up, down = ([tuple(f(n / s) for n in images.shape[-2:]) for s in model.backbone.strides] for f in (ceil, floor))
+    assert sides in (up, down) and [m.shape[1] for m in maps] == model.backbone.channels
+    criterion(model(images, mask), targets, criterion.normalisers(criterion.count(targets))).total.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    assert all(g.isfinite().all() for g in grads.values()) and any(n.startswith("backbone") for n in grads)
 
 
 def test_layer_norm_and_group_norm_stay_and_train():

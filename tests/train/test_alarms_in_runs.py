@@ -35,6 +35,8 @@ def run(folder: Path, *words: str, name: str = "a", **more) -> list[dict]:
         (["batch.size=1", "batch.micro=1"], "Batch of one image"),
         (["data.shapes.empty_fraction=1"], "Windows without boxes"),
         (["model.num_queries=1", "data.shapes.max_objects=6"], "More boxes than queries"),
+        (["model.num_queries=1", "data.shapes.max_objects=6"], "Objects out of reach"),
+        (["evaluate.max_detections=1", "data.shapes.max_objects=6"], "Objects out of reach"),
     ],
 )
 def test_a_broken_run_is_named(tmp_path, words, title, capsys):
@@ -70,7 +72,9 @@ def test_a_run_that_goes_on_raises_the_alarms_of_the_run_never_stopped(tmp_path)
     whole = run(tmp_path, "schedule.steps=30", *words, name="whole")
     run(tmp_path, "schedule.steps=10", *words, name="parts", resume=False)
     rows = run(tmp_path, "schedule.steps=30", *words, name="parts", resume=True)
-    assert len(whole) > 2 and "(time 2; in 7 windows since window" in whole[1]["text"]
+    assert [row["window"] for row in whole if row["title"] == "Objects out of reach"] == [0]
+    crowded = [row["text"] for row in whole if row["title"] == "More boxes than queries"]
+    assert len(crowded) > 2 and "(time 2; in 7 windows since window" in crowded[1]
 
     def without_clock(rows):
         return [{k: v for k, v in row.items() if k != "time"} for row in rows]
@@ -80,6 +84,19 @@ def test_a_run_that_goes_on_raises_the_alarms_of_the_run_never_stopped(tmp_path)
     for state in states:
         del state["alarms"]["evaluations"]  # the shorter run evaluated at its end
     assert states[0]["alarms"] == states[1]["alarms"]
+
+
+def test_what_is_out_of_reach_is_told_again_where_other_counts_are_asked_for(tmp_path):
+    def titles(*words, **more):
+        said = run(tmp_path, "data.shapes.max_objects=16", "checkpoint.every_steps=2", *words, **more)
+        return [(row["window"], row["text"]) for row in said if row["title"] == "Objects out of reach"]
+
+    first = titles("schedule.steps=2", "evaluate.max_detections=1")
+    assert [at for at, _ in first] == [0] and "evaluate.max_detections (1)" in first[0][1]
+    assert titles("schedule.steps=4", "evaluate.max_detections=1", resume=True) == first
+    other = titles("schedule.steps=6", "evaluate.max_detections=2", resume=True)
+    assert [at for at, _ in other] == [0, 4] and "evaluate.max_detections (2)" in other[1][1]
+    assert titles("schedule.steps=2", "evaluate.max_detections=1", "alarms.off=[Objects out of reach]", name="b") == []
 
 
 def test_a_model_without_a_trainable_weight_is_refused_in_words():
