@@ -172,6 +172,8 @@ def test_detr_equals_transformers(name, dc5, fold):
     assert set(trained) | frozen == set(gradients)
     norm = torch.stack([g.norm() for g in gradients.values()]).norm()
     assert norm > 0.1
+    # a hundred random layers make features of 4e4, which multiply rounding: 8e-11 was seen, norms folded or not
+    rounding = 1e-9 if "101" in name else 1e-12
     for key, value in trained.items():
-        _close(value, gradients[key], f"gradient of {key}", floor=1e-12 * norm.item())
+        _close(value, gradients[key], f"gradient of {key}", floor=rounding * norm.item())
         assert value.any(), key
