@@ -21,8 +21,9 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 train: $(STAMP)
 	$(BIN)/accelerate launch --config_file accelerate_config.yaml train.py $(ARGS)
 
+# --max-worker-restart 0: a test that kills its process fails; with a new worker pytest-xdist would wait without end
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 $(ARGS)
 
 clean:
 	rm -rf $(VENV) build detr_accel.egg-info

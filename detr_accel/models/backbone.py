@@ -71,6 +71,7 @@ class Backbone(nn.Module):
             freeze_norms(self.body)
         if fold and any(isinstance(m, FrozenBatchNorm2d) for m in self.body.modules()):
             fold_norms(self.body)
+        _guard_strided_convolutions(self.body)
         self.name = name
         if checkpointing:
             self.checkpoint_blocks()
@@ -207,6 +208,29 @@ def _check_name(name: str) -> None:
     tags = [n.partition(".")[2] for n in timm.list_pretrained(base + "*") if n.partition(".")[0] == base]
     if tag and tag not in tags:
         raise UserError(f"model.backbone.name: {base} has no weights {tag!r}; there are: {', '.join(tags) or 'none'}")
+
+
+def _guard_strided_convolutions(body: nn.Module) -> None:
+    """Keep a processor's memory whole where RepVGG and its like read images through a strided 1x1 convolution.
+
+    oneDNN's float32 weight gradient of one writes outside its workspace when the maps are channels last and fewer than
+    a vector's 16 channels (https://github.com/uxlfoundation/oneDNN/issues/6035, seen with torch 2.14.1): the process
+    ends without a word, hangs, or goes on with other numbers. In the plain layout it takes another way.
+    """
+    for module in body.modules():
+        if isinstance(module, nn.Conv2d) and module.in_channels // module.groups < 16:
+            if module.kernel_size == (1, 1) and max(module.stride) > 1:
+                module.register_forward_pre_hook(_to_plain_layout)
+                module.register_forward_hook(_to_channels_last)  # for all that follows
+
+
+def _to_plain_layout(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    (maps,) = inputs
+    return (maps.contiguous() if maps.device.type == "cpu" else maps,)
+
+
+def _to_channels_last(_: nn.Module, inputs: tuple[Tensor], maps: Tensor) -> Tensor:
+    return maps.contiguous(memory_format=torch.channels_last)
 
 
 def _freeze_parts(body: nn.Module, num_parts: int) -> None:

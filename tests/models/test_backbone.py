@@ -75,6 +75,22 @@ def test_any_timm_model_whose_maps_halve_serves_an_rtdetr(name, make_batch):
     assert all(g.isfinite().all() for g in grads.values()) and any(n.startswith("backbone") for n in grads)
 
 
+@pytest.mark.parametrize("name", ["repvgg_a0", "resnet18"])
+def test_a_strided_1x1_convolution_of_few_channels_is_not_given_channels_last(name):
+    """Its weight gradient corrupts memory in that layout, which ends the process at some later time."""
+    backbone, seen = Backbone(name, norm="live", num_maps=3), {}
+
+    def look(module, given, out):
+        seen[module.in_channels] = given[0].is_contiguous()
+
+    for module in backbone.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.stride == (2, 2):
+            module.register_forward_hook(look)
+    backbone(torch.randn(3, 3, 64, 72))
+    assert (3 in seen) == (name == "repvgg_a0") and seen.pop(3, True)
+    assert not any(seen.values()), "elsewhere channels last is the faster one"
+
+
 def test_layer_norm_and_group_norm_stay_and_train():
     backbone = Backbone("convnext_atto", norm="frozen", frozen_stages=0)
     norms = [m for m in backbone.modules() if isinstance(m, nn.LayerNorm)]
