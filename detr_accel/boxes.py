@@ -25,12 +25,17 @@ def _area(boxes_xyxy: Tensor) -> Tensor:
     return (boxes_xyxy[..., 2] - boxes_xyxy[..., 0]) * (boxes_xyxy[..., 3] - boxes_xyxy[..., 1])
 
 
+def _product(sides: Tensor) -> Tensor:
+    """[..., 2] -> [...]. Not ``prod``: what that does in backward waits for a GPU, to look for zeros."""
+    return sides[..., 0] * sides[..., 1]
+
+
 def iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
     """Intersection over union of boxes that broadcast against each other: [..., 4] and [..., 4] -> [...], in 0..1; two
     boxes without area have 0."""
     left_top = torch.maximum(a_xyxy[..., :2], b_xyxy[..., :2])
     right_bottom = torch.minimum(a_xyxy[..., 2:], b_xyxy[..., 2:])
-    inner = (right_bottom - left_top).clamp(min=0).prod(-1)
+    inner = _product((right_bottom - left_top).clamp(min=0))
     union = _area(a_xyxy) + _area(b_xyxy) - inner
     return inner / torch.where(union == 0, torch.ones_like(union), union)
 
@@ -47,11 +52,11 @@ def giou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
     """
     left_top = torch.maximum(a_xyxy[..., :2], b_xyxy[..., :2])
     right_bottom = torch.minimum(a_xyxy[..., 2:], b_xyxy[..., 2:])
-    inner = (right_bottom - left_top).clamp(min=0).prod(-1)
+    inner = _product((right_bottom - left_top).clamp(min=0))
     union = _area(a_xyxy) + _area(b_xyxy) - inner
     outer_lt = torch.minimum(a_xyxy[..., :2], b_xyxy[..., :2])
     outer_rb = torch.maximum(a_xyxy[..., 2:], b_xyxy[..., 2:])
-    outer = (outer_rb - outer_lt).clamp(min=0).prod(-1)
+    outer = _product((outer_rb - outer_lt).clamp(min=0))
     safe_union = torch.where(union == 0, torch.ones_like(union), union)
     safe_outer = torch.where(outer == 0, torch.ones_like(outer), outer)
     return inner / safe_union - (outer - union) / safe_outer

@@ -54,19 +54,54 @@ def test_one_read_of_the_device_in_a_micro_batch_of_rtdetr(make_rtdetr_recipe, m
     assert mode.reads == ["cpu"]
 
 
+def _waits_in_backward(total) -> list[str]:
+    """What reads the device inside autograd's own code, where no Python function is called."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        total.backward()
+    found = []
+    for event in seen.events():
+        if event.name in ("aten::_local_scalar_dense", "aten::nonzero"):
+            while event is not None and not event.name.startswith("autograd::engine"):
+                event = event.cpu_parent
+            found += [event.name.rpartition(" ")[2]] if event is not None else []
+    return found
+
+
+def test_nothing_is_read_inside_backward(make_recipe, make_rtdetr_recipe, make_batch):
+    rows = torch.rand(5, 2, requires_grad=True)
+    assert _waits_in_backward(rows.prod(-1).sum()) == ["ProdBackward1"], "looks for zeros: it can be seen"
+    for recipe in (make_recipe(), make_rtdetr_recipe(), make_rtdetr_recipe({"sampling": "discrete"})):
+        model = models.build(recipe, 4, load_weights=False).train()
+        criterion = models.build_criterion(recipe, 4)
+        images, mask, targets = make_batch([2, 0, 9], dtype=torch.float32)
+        counts = criterion.normalisers(criterion.count(targets))
+        denoising = criterion.disturb(Batch(images, mask, targets, (0, 1, 2)), 9, seed=0)
+        there = [] if denoising is None else [denoising]
+        assert _waits_in_backward(criterion(model(images, mask, *there), targets, counts, *there).total) == []
+
+
 @pytest.mark.gpu
-def test_one_synchronisation_on_a_gpu(make_recipe, make_batch):
-    recipe = make_recipe(dropout=0.1)
+@pytest.mark.parametrize("kind", ["detr", "bilinear", "discrete"])
+def test_one_synchronisation_on_a_gpu(make_recipe, make_rtdetr_recipe, make_batch, kind):
+    recipe = make_recipe(dropout=0.1) if kind == "detr" else make_rtdetr_recipe({"sampling": kind})
     model = models.build(recipe, 4, device="cuda", load_weights=False).train()
     criterion = models.build_criterion(recipe, 4).to("cuda")
     images, mask, targets = make_batch([2, 0, 9], dtype=torch.float32)
     counts = criterion.normalisers(criterion.count(targets))
+    counts = {name: count.to("cuda") for name, count in counts.items()}
+    denoising = criterion.disturb(Batch(images, mask, targets, (0, 1, 2)), 9, seed=0)
+    there = [] if denoising is None else [denoising.to("cuda")]
     images, mask, targets = images.cuda(), mask.cuda(), [t.to("cuda") for t in targets]
-    criterion(model(images, mask), targets, counts).total.backward()  # kernels are loaded, which synchronises
+
+    def step():
+        criterion(model(images, mask, *there), targets, counts, *there).total.backward()
+
+    step()  # kernels are loaded, which synchronises
     with pytest.warns(UserWarning, match="synchronizing") as caught:
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            criterion(model(images, mask), targets, counts).total.backward()
+            step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert len([w for w in caught if "synchronizing" in str(w.message)]) == 1
+    # switching the mode on warns, too, that it is a prototype
+    assert len([w for w in caught if "called a synchronizing" in str(w.message)]) == 1
