@@ -96,7 +96,8 @@ def micro_batch(self, batch: Batch, counts, share, scale: int) -> None:
     if fault["what"] == "error":
         raise ZeroDivisionError("injected")
     if fault["what"] == "image":
-        batch = batch.part(0, len(batch))
+        # on a GPU a batch is recipes for images until it is there
+        batch = batch.part(0, len(batch)) if hasattr(batch, "images") else batch.to(self.accelerator.device)
         batch.images = batch.images.clone()
         batch.images[0, 1, 5, 5] = value
     if fault["what"] in ("weight", "lasting weight"):

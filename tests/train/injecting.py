@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import pytest
 import torch
 import warm
 from safetensors.torch import load_file
@@ -14,14 +15,27 @@ SCRIPT = Path(__file__).with_name("injected.py")
 ROOT = Path(__file__).parents[2]
 
 
-def launch(folder: Path, processes: int, scenarios: list[dict]) -> Path:
-    """All scenarios in one launch; returns the folder of their runs."""
+LAUNCHES = [1, 2, pytest.param("gpu", marks=pytest.mark.gpu)]  # CPU processes, or one process on a GPU
+ON_GPU = ["device=auto", "deterministic=true"]  # as --set would; without the second, no two trainings are equal
+
+
+def launch(folder: Path, processes: int | str, scenarios: list[dict]) -> Path:
+    """All scenarios in one launch, of ``LAUNCHES``; returns the folder of their runs."""
+    on_gpu, processes = processes == "gpu", count(processes)
+    if on_gpu:
+        scenarios = [row | {"set": [*row.get("set", []), *ON_GPU]} for row in scenarios]
     (folder / "scenarios.json").write_text(json.dumps(scenarios))
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if on_gpu else {"ACCELERATE_USE_CPU": "true"}
     program = [str(SCRIPT), str(folder), str(folder / "scenarios.json")]
     done = warm.run(program, env=env, processes=processes if processes > 1 else 0, timeout=290)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return folder
+
+
+def count(launch: int | str) -> int:
+    """Of its processes."""
+    return 1 if launch == "gpu" else launch
 
 
 def weights(run: Path, checkpoint: str = "last") -> dict[str, torch.Tensor]:

@@ -207,10 +207,11 @@ def test_a_gpu_that_fills_up_in_the_middle_of_a_run_repeats_the_window(tmp_path,
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("model", [[], injected.RTDETR], ids=["detr", "rtdetr"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_gpu_trains_in_mixed_precision_and_refuses_poison(tmp_path, monkeypatch, precision):
-    monkeypatch.setattr(injected.window.WindowRunner, "_micro_batch", injected.micro_batch)
-    injected.faults.left = [{"what": "image", "window": 1}]
-    text = injected.TINY.replace("device: cpu", "device: auto").replace('precision: "no"', f"precision: {precision}")
-    run = train(recipes.loads(text + "schedule: {steps: 4, kind: constant}\nname: r\n"), runs=tmp_path)
-    assert [loss is None for loss in inject.losses(run)] == [False, True, False, False]
+def test_a_gpu_trains_in_mixed_precision_and_refuses_poison(tmp_path, precision, model):
+    faults = [{"what": "weight", "window": 1}]
+    row = {"name": "r", "faults": faults, "recipe": "schedule: {steps: 4, kind: constant}"}
+    inject.launch(tmp_path, "gpu", [row | {"set": [*model, f"precision={precision}"]}])
+    assert inject.outcome(tmp_path, "r") is None
+    assert [loss is None for loss in inject.losses(tmp_path / "r")] == [False, True, False, False]

@@ -40,10 +40,11 @@ def scenarios(processes: int) -> list[dict]:
     return rows
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=inject.LAUNCHES)
 def runs(request, tmp_path_factory):
-    folder = inject.launch(tmp_path_factory.mktemp(f"memory{request.param}"), request.param, scenarios(request.param))
-    return folder, request.param
+    processes = inject.count(request.param)
+    folder = tmp_path_factory.mktemp(f"memory{request.param}")
+    return inject.launch(folder, request.param, scenarios(processes)), processes
 
 
 @pytest.mark.law4

@@ -52,9 +52,10 @@ def scenarios(processes: int) -> list[dict]:
     return rows
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=inject.LAUNCHES)
 def runs(request, tmp_path_factory):
-    return inject.launch(tmp_path_factory.mktemp(f"poison{request.param}"), request.param, scenarios(request.param))
+    rows = scenarios(inject.count(request.param))
+    return inject.launch(tmp_path_factory.mktemp(f"poison{request.param}"), request.param, rows)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])

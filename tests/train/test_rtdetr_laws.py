@@ -36,9 +36,10 @@ def scenarios(processes: int) -> list[dict]:
     return [row | {"set": injected.RTDETR} for row in rows]
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=inject.LAUNCHES)
 def runs(request, tmp_path_factory):
-    folder = inject.launch(tmp_path_factory.mktemp(f"rtdetr{request.param}"), request.param, scenarios(request.param))
+    rows = scenarios(inject.count(request.param))
+    folder = inject.launch(tmp_path_factory.mktemp(f"rtdetr{request.param}"), request.param, rows)
     if request.param == 1:
         (folder / "clean-of-one").touch()
     return folder
