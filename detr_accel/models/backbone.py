@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from detr_accel.models import pretrained, recompute
-from detr_accel.models.frozen_norm import FrozenBatchNorm2d, fold_norms, freeze_norms
+from detr_accel.models.frozen_norm import FoldedConv2d, FrozenBatchNorm2d, fold_norms, freeze_norms
 from detr_accel.structures import UserError
 
 
@@ -218,7 +218,7 @@ def _guard_strided_convolutions(body: nn.Module) -> None:
     ends without a word, hangs, or goes on with other numbers. In the plain layout it takes another way.
     """
     for module in body.modules():
-        if isinstance(module, nn.Conv2d) and module.in_channels // module.groups < 16:
+        if isinstance(module, nn.Conv2d | FoldedConv2d) and module.in_channels // module.groups < 16:
             if module.kernel_size == (1, 1) and max(module.stride) > 1:
                 module.register_forward_pre_hook(_to_plain_layout)
                 module.register_forward_hook(_to_channels_last)  # for all that follows
