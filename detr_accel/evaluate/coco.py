@@ -66,7 +66,7 @@ class Metrics:
             "      all   IoU50  IoU75  small medium  large",
             "AP " + "".join(f"{cell[n]:>7}" for n in ("AP", "AP50", "AP75", "APs", "APm", "APl")),
             "AR " + f"{cell['AR100']:>7}" + " " * 14 + "".join(f"{cell[n]:>7}" for n in ("ARs", "ARm", "ARl")),
-            f"AR with 1, 10, {self.max_detections} detections an image: "
+            f"AR with 1, {min(10, self.max_detections)}, {self.max_detections} detections an image: "
             f"{cell['AR1']}, {cell['AR10']}, {cell['AR100']}",
         ]
         rows += self._class_rows(num_classes)
@@ -161,7 +161,7 @@ def out_of_reach(annotations: list[dict], max_detections: int, num_queries: int 
     return sizes.total() - sum(held.values() if num_queries is None else (min(n, num_queries) for n in held.values()))
 
 
-def lost_in_crowds(annotations: list[dict], max_detections: int, num_queries: int) -> list[tuple[str, str]]:
+def beyond_limits(annotations: list[dict], max_detections: int, num_queries: int) -> list[tuple[str, str]]:
     """What of a split no detector can be credited with, however good it is: in words, each with its remedy."""
     found = []
     if lost := out_of_reach(annotations, max_detections):

@@ -60,7 +60,8 @@ def load(
         precision: ``float32``, or ``bf16`` or ``fp16`` for autocast as in training.
         overrides: ``key=value`` for the checkpoint's recipe, of the keys in ``FREE``.
     Raises:
-        UserError: nothing there, damaged, another model's weights, no such layer, or no such device or precision.
+        UserError: nothing there, damaged, another model's weights, no such layer, no such device or precision, or
+            overrides that this model's weights do not allow.
     """
     where = _device(device)
     _check_precision(precision, where)
@@ -80,11 +81,22 @@ def load(
 def _changed(recipe: Recipe, overrides: Sequence[str]) -> tuple[Recipe, list[str]]:
     if not overrides:
         return recipe, []
-    m, queries = recipe.model, FREE[0]
+    m, (queries, sampling) = recipe.model, FREE
+    given = {text.partition("=")[0].strip(): text for text in overrides}
+    if strange := [text for key, text in given.items() if key not in FREE]:
+        raise UserError(f"{strange[0]}: of a trained model only {' and '.join(FREE)} can be set, the rest is weights")
     if m.name != "rtdetr":
-        raise UserError(f"{overrides[0]}: a DETR's queries are weights, and only an RT-DETR takes other ones")
-    if m.rtdetr.learned_queries and any(text.partition("=")[0].strip() == queries for text in overrides):
-        raise UserError(f"{queries}: the {m.num_queries} of this RT-DETR are learned (rtdetr.learned_queries)")
+        why = {
+            queries: f"a DETR's {m.num_queries} queries are weights",
+            sampling: "a DETR samples nothing",
+        }
+        key, text = next(iter(given.items()))
+        raise UserError(f"{text}: {why[key]}, and only an RT-DETR takes another value; leave it out")
+    if m.rtdetr.learned_queries and queries in given:
+        raise UserError(
+            f"{given[queries]}: the {m.num_queries} queries of this RT-DETR are weights, as "
+            "model.rtdetr.learned_queries is true; leave it out"
+        )
     now = recipes.changed(recipe, overrides)
     before, after = (m.num_queries, m.rtdetr.sampling), (now.model.num_queries, now.model.rtdetr.sampling)
     pairs = zip(FREE, before, after, strict=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from detr_accel import data, evaluate
+from detr_accel import data, evaluate, models
 from detr_accel import recipe as recipes
 from detr_accel.infer.detector import FREE, Detector, load
 from detr_accel.monitor.memory import is_out_of_memory
@@ -64,11 +64,12 @@ def evaluate_checkpoint(
     said += _trained_on(detector, source, data_folder)
     batches = data.eval_batches(recipe, source, rank=0, num_ranks=1, mean=detector.model.mean, std=detector.model.std)
     total = -(-len(source) // recipe.evaluate.batch)
+    num_queries, few = _queries(detector, asked=bool(of_model))
     try:
         metrics = evaluate.run(
             lambda batch: detector(batch, recipe.evaluate.max_detections), batches,
             ground_truth=source.ground_truth(), to_category=to_category,
-            max_detections=recipe.evaluate.max_detections, num_queries=recipe.model.num_queries,
+            max_detections=recipe.evaluate.max_detections, num_queries=num_queries,
             backend=recipe.evaluate.backend,
             progress=lambda it: tqdm(it, total=total, desc="evaluate", unit="batch", disable=quiet or None),
             keep_images=[source.image_id(i) for i in range(len(source))] if detections is not None else (),
@@ -80,7 +81,25 @@ def evaluate_checkpoint(
     lost = [f"left out of the evaluation: {why}" for why in metrics.lost.values()]
     if detections is not None:
         lost.append(_write(detections, metrics.kept, to_category))
-    return metrics, [*detector.notes, f"data: {data.describe(source)}", *said, *lost, _precision_note(detector)]
+    return metrics, [*detector.notes, f"data: {data.describe(source)}", *said, *few, *lost, _precision_note(detector)]
+
+
+def _queries(detector: Detector, *, asked: bool) -> tuple[int, list[str]]:
+    """How many detections of an image there can be, and words where that is fewer than the recipe has queries.
+
+    Args:
+        asked: somebody set their number for this evaluation.
+    Raises:
+        UserError: more were asked for than there can be.
+    """
+    recipe, model = detector.recipe, detector.model
+    if asked:
+        models.check_cells(recipe, model, train=False)
+    side = min(recipe.data.eval_size, recipe.data.eval_max_size)
+    num = models.most_queries(recipe, model, side)
+    if num == recipe.model.num_queries:
+        return num, []
+    return num, [f"queries: {num} of {recipe.model.num_queries}, as squares of {side} pixels have no more cells"]
 
 
 def _write(path: Path, found: dict[int, Detections], to_category: dict[int, int]) -> str:

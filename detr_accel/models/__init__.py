@@ -27,7 +27,7 @@ from detr_accel.structures import Targets, UserError
 __all__ = [
     "build", "build_criterion", "check_cells", "checkpoint_parts", "checkpointing_ladder", "detections",
     "detections_of", "init_from",
-    "keep_decoder_layers", "not_decayed", "param_groups", "weights",
+    "keep_decoder_layers", "most_queries", "not_decayed", "param_groups", "weights",
 ]  # fmt: skip
 
 
@@ -55,23 +55,33 @@ def num_cells(side_px: int, strides: Sequence[int]) -> int:
     return sum(math.ceil(side_px / stride) ** 2 for stride in strides)
 
 
-def check_cells(recipe: Recipe, model: nn.Module) -> None:
+def check_cells(recipe: Recipe, model: nn.Module, *, train: bool = True) -> None:
     """RT-DETR's queries are chosen among cells: the smallest square must have as many, or training ends when one is
     drawn.
 
+    Args:
+        train: False looks at the squares of an evaluation alone.
     Raises:
         UserError: it has fewer.
     """
     data = recipe.data
-    if recipe.model.name != "rtdetr" or not data.square:
-        return
-    side = min(*data.augment.scales, data.augment.max_size, data.eval_size, data.eval_max_size)
-    cells = num_cells(side, model.backbone.strides)
-    if cells < recipe.model.num_queries:
+    side = min(data.eval_size, data.eval_max_size)
+    if train:
+        side = min(*data.augment.scales, data.augment.max_size, side)
+    if (cells := most_queries(recipe, model, side)) < recipe.model.num_queries:
         raise UserError(
             f"model.num_queries is {recipe.model.num_queries}, but squares of {side} pixels have only {cells} cells to "
-            "choose from: lower model.num_queries, or enlarge the squares (data.augment.scales, data.eval_size)"
+            f"choose from: at most model.num_queries={cells}, or enlarge the squares "
+            f"({'data.augment.scales, ' if train else ''}data.eval_size)"
         )
+
+
+def most_queries(recipe: Recipe, model: nn.Module, side_px: int) -> int:
+    """How many of its queries a detector has on a square: an RT-DETR's are chosen among the cells that there are."""
+    asked = recipe.model.num_queries
+    if recipe.model.name != "rtdetr" or not recipe.data.square:
+        return asked
+    return min(asked, num_cells(side_px, model.backbone.strides))
 
 
 def build_criterion(recipe: Recipe, num_classes: int) -> nn.Module:

@@ -16,10 +16,10 @@ from detr_accel.monitor.alarm_rules import AT_EVALUATION, EVERY_WINDOW, STARTS, 
 from detr_accel.monitor.machine_rules import MACHINE
 from detr_accel.structures import StepStats
 
-__all__ = ["LOST_IN_CROWDS", "TITLES", "About", "Alarm", "Alarms", "Past", "judge_rows"]
+__all__ = ["OUT_OF_REACH", "TITLES", "About", "Alarm", "Alarms", "Past", "judge_rows"]
 
-LOST_IN_CROWDS = "Objects out of reach"  # of the validation split
-TITLES = (*EVERY_WINDOW, *MACHINE, *AT_EVALUATION, LOST_IN_CROWDS)
+OUT_OF_REACH = "Objects out of reach"  # of the validation split
+TITLES = (*EVERY_WINDOW, *MACHINE, *AT_EVALUATION, OUT_OF_REACH)
 
 
 @dataclass
@@ -55,11 +55,11 @@ class Alarms:
         self.past = Past(memory.recent, memory.blocks, memory.evaluations, memory.head_loaded)
         self._machine: dict[str, list[int]] = {}
 
-    def begun(self, window: int, lost_in_crowds: str) -> list[Alarm]:
+    def begun(self, window: int, beyond_limits: str) -> list[Alarm]:
         """What is to be said before the first window, once in a run: what can never be found, in words or empty."""
-        if not lost_in_crowds or LOST_IN_CROWDS in self.off or LOST_IN_CROWDS in self.memory.episodes:
+        if not beyond_limits or OUT_OF_REACH in self.off or OUT_OF_REACH in self.memory.episodes:
             return []
-        return self._once(Alarm(lost_in_crowds, title=LOST_IN_CROWDS), self.memory.episodes, window)
+        return self._once(Alarm(beyond_limits, title=OUT_OF_REACH), self.memory.episodes, window)
 
     def judge(self, stats: StepStats) -> list[Alarm]:
         """What is to be said after this window; call it once for each, in order."""

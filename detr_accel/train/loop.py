@@ -143,7 +143,8 @@ def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal
     if not turn.begin():
         return turn.over
     if state.window >= built.length.total:
-        sinks.say(f"already done: {state.window} of {built.length.total} windows; a longer schedule.epochs goes on")
+        longer = resuming.length_key(recipe)
+        sinks.say(f"already done: {state.window} of {built.length.total} windows; a longer {longer} goes on")
     windows, clock = Feeder(built, state.window, state.micro), built.runner.clock
     for line in windows.said:
         sinks.say(line)
@@ -214,7 +215,7 @@ class _Turn:
         state, recipe = self.state, self.built.recipe
         self.save.check_space()
         if self.alarms is not None:
-            self._speak(self.alarms.begun(state.window, self.validate.lost_in_crowds()))
+            self._speak(self.alarms.begun(state.window, self.validate.beyond_limits()))
         if recipe.health.on_nonfinite == "rollback" and state.anchor is None:
             self.save(state, counted=True, must=True)
         owed = state.window > 0 and self.built.length.due(state.window, recipe.evaluate.every_epochs)

@@ -26,6 +26,7 @@ from typing import Any
 from detr_accel import monitor
 from detr_accel import recipe as recipes
 from detr_accel.monitor import jsonl
+from detr_accel.monitor.alarms import OUT_OF_REACH
 from detr_accel.monitor.timing import words
 from detr_accel.recipe import Recipe
 from detr_accel.structures import UserError
@@ -415,7 +416,7 @@ def _last_window(run: Path) -> int:
 
 
 def _alarms(run: Path) -> list[str]:
-    """What the short run was alarmed by.
+    """What the short run was alarmed by; what is out of reach, the look at the data has said.
 
     Raises:
         Trouble: windows that are not finite, so early in the run.
@@ -424,4 +425,4 @@ def _alarms(run: Path) -> list[str]:
     for row in alarms:
         if row["title"] == "Non-finite window":
             raise Trouble("run", f"{row['title']}: {row['text']}")
-    return [f"{row['title']}: {row['text']}" for row in alarms]
+    return [f"{row['title']}: {row['text']}" for row in alarms if row["title"] != OUT_OF_REACH]

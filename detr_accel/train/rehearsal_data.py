@@ -68,7 +68,7 @@ def _queries(recipe: Recipe, train: data.Source, val: data.Source) -> list[look.
     if most > queries:
         text = f"a training image has {most} boxes and model.num_queries is {queries}: some cannot be found"
         findings.append(look.Finding(text, "raise model.num_queries where the weights allow it"))
-    crowded = evaluate.lost_in_crowds(val.ground_truth()["annotations"], recipe.evaluate.max_detections, queries)
+    crowded = evaluate.beyond_limits(val.ground_truth()["annotations"], recipe.evaluate.max_detections, queries)
     return [*findings, *(look.Finding(text, remedy) for text, remedy in crowded)]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from detr_accel import recipe as recipes
-from detr_accel.monitor.alarms import LOST_IN_CROWDS, Memory
+from detr_accel.monitor.alarms import OUT_OF_REACH, Memory
 from detr_accel.recipe import Recipe
 from detr_accel.structures import UserError
 from detr_accel.train import changes, checkpoint
@@ -56,7 +56,7 @@ def restore(parts: Parts, checkpoints: Path, *, branch: bool = False) -> tuple[S
     Returns:
         the state, and what to say about it.
     Raises:
-        UserError: none is whole; other data; a change of the recipe that cannot be.
+        UserError: none is whole; other data; a change of the recipe that cannot be; a schedule that ended before.
     """
     folder, notes = on_main(parts.accelerator, lambda: checkpoint.load_last(checkpoints, mend=not branch))
     state, more = everywhere(parts.accelerator, lambda: _restore(parts, folder, branch))
@@ -69,6 +69,7 @@ def _restore(parts: Parts, folder: Path, branch: bool) -> tuple[State, list[str]
     before = recipes.loads((folder / "recipe.yaml").read_text(encoding="utf-8"), str(folder / "recipe.yaml"))
     notes = changes.check(before, recipe, branch=branch, run=str(folder.parents[1]))
     state = load_into(parts, folder)
+    _check_length(recipe, state.window, parts.length.total, folder)
     if state.fingerprint != parts.splits.train.fingerprint():
         raise UserError(
             f"the training data differ from those of {folder}: the sample order would not go on where it stopped; put "
@@ -94,7 +95,7 @@ def _restore(parts: Parts, folder: Path, branch: bool) -> tuple[State, list[str]
         state.best = state.best_window = None  # checkpoints/best stays until an evaluation comes
         state.early_stop, state.plateau = Waiting(), Waiting(drops=state.plateau.drops)
         state.alarms.evaluations.clear()
-        state.alarms.episodes.pop(LOST_IN_CROWDS, None)
+        state.alarms.episodes.pop(OUT_OF_REACH, None)
         notes.append(
             "the validation data, or how many detections count, differ from those before: the best so far, and what "
             "early stopping and plateaus wait for, begin anew"
@@ -104,6 +105,21 @@ def _restore(parts: Parts, folder: Path, branch: bool) -> tuple[State, list[str]
         state.early_stop = Waiting()  # a best value of another metric, or one that nobody kept up, is no measure
     state.layout = {"batch_size": recipe.batch.size, "processes": processes}
     return state, notes
+
+
+def _check_length(recipe: Recipe, done: int, total: int, folder: Path) -> None:
+    if done > total:
+        key = length_key(recipe)
+        value = getattr(recipe.schedule, key.partition(".")[2])
+        raise UserError(
+            f"{key}={value:g} ends after {total} window{'s' * (total != 1)}, and {folder} has {done} behind it: a "
+            f"longer {key} goes on; for a shorter run start anew under another name"
+        )
+
+
+def length_key(recipe: Recipe) -> str:
+    """What to raise for a longer run."""
+    return "schedule.epochs" if recipe.schedule.steps is None else "schedule.steps"
 
 
 def _keep_fit(state: State, before: Recipe, after: Recipe, processes: int) -> None:

@@ -102,10 +102,10 @@ class Validation:
                         f"is multiplied by {after / before:.3g} from window {state.window + 1} on"
                     )
 
-    def lost_in_crowds(self) -> str:
+    def beyond_limits(self) -> str:
         """What can never be found, in words; empty where nothing is."""
         limits = self.recipe.evaluate.max_detections, self.recipe.model.num_queries
-        found = evaluate.lost_in_crowds(self.truth["annotations"], *limits)
+        found = evaluate.beyond_limits(self.truth["annotations"], *limits)
         return "; ".join(f"{text}: {remedy}" for text, remedy in found)
 
     def over(self, state: State) -> str | None:

@@ -240,7 +240,7 @@ def test_an_rtdetr_is_asked_for_as_many_objects_as_one_likes_unless_its_queries_
     assert few.num_detections == 3 * 12 * len(CLASSES)
     asked = ["model.num_queries=60", "model.rtdetr.sampling=discrete", "evaluate.max_detections=500"]
     if learned:
-        with pytest.raises(UserError, match="model.num_queries: the 12 of this RT-DETR are learned"):
+        with pytest.raises(UserError, match="model.num_queries=60: the 12 queries of this RT-DETR are weights"):
             evaluated(tmp_path / "one", overrides=asked)
         asked = asked[1:]
     many, notes = evaluated(tmp_path / "one", overrides=asked)
@@ -249,7 +249,26 @@ def test_an_rtdetr_is_asked_for_as_many_objects_as_one_likes_unless_its_queries_
     assert said(notes, "model.rtdetr.sampling: discrete, where the checkpoint's recipe has bilinear")
 
 
+def test_there_are_no_more_queries_than_cells_and_what_cannot_be_found_counts_from_those(tmp_path, make_coco):
+    """Squares of 64 pixels have 8 * 8 + 4 * 4 + 2 * 2 = 84 cells, of 32 pixels 21."""
+    recipe = recipes.loads(RTDETR.format(root=make_coco(tmp_path / "mine", 6), learned="false"))
+    recipe = recipes.changed(recipe, ["model.num_queries=84"])
+    model = models.build(recipe, len(CLASSES))
+    weights.save(tmp_path / "one", model.state_dict(), recipes.dumps(recipe), CLASSES, {"weights": "raw"}, None)
+    with pytest.raises(UserError, match="squares of 64 pixels have only 84 cells .* at most model.num_queries=84"):
+        evaluated(tmp_path / "one", overrides=["model.num_queries=85"])
+    whole, notes = evaluated(tmp_path / "one", overrides=["evaluate.max_detections=500"])
+    assert whole.num_queries == 84 and not said(notes, "queries: ")
+    small, notes = evaluated(tmp_path / "one", overrides=["evaluate.max_detections=500", "data.eval_size=32"])
+    assert small.num_queries == 21 and said(notes, "queries: 21 of 84, as squares of 32 pixels have no more cells")
+    assert small.num_detections == 3 * 21 * len(CLASSES)
+
+
 def test_what_belongs_to_a_detrs_weights_cannot_be_set(tmp_path, make_run, make_coco):
     run = make_run(make_coco(tmp_path / "mine", 6))
-    with pytest.raises(UserError, match="model.num_queries=70: a DETR's queries are weights"):
+    with pytest.raises(UserError, match="model.num_queries=70: a DETR's 60 queries are weights"):
         evaluated(run, overrides=["model.num_queries=70"])
+    with pytest.raises(UserError, match="model.rtdetr.sampling=discrete: a DETR samples nothing"):
+        evaluated(run, overrides=["model.rtdetr.sampling=discrete"])
+    with pytest.raises(UserError, match="model.hidden_dim=8: of a trained model only model.num_queries and"):
+        detector.load(run, overrides=["model.hidden_dim=8"])

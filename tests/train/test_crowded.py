@@ -1,5 +1,6 @@
 """More than a hundred, and more than three hundred objects in an image: nothing is lost without a word."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,9 @@ from shared import load_module
 
 from detr_accel import data, evaluate, models
 from detr_accel import recipe as recipes
-from detr_accel.monitor.alarms import About, Alarms, Memory
+from detr_accel.monitor.alarms import OUT_OF_REACH, About, Alarms, Memory
 from detr_accel.structures import Batch, Targets, UserError
-from detr_accel.train import dry_step, parts, rehearsal_data
+from detr_accel.train import dry_step, parts, rehearsal, rehearsal_data
 from detr_accel.train.launch import make_accelerator
 from detr_accel.train.window import forward
 
@@ -140,3 +141,10 @@ def test_a_rehearsal_says_what_queries_and_detections_cannot_hold():
     assert "400 boxes and model.num_queries is 300" in training
     assert "50 validation boxes are beyond evaluate.max_detections (300) of a class in their image" in validation
     assert rehearsal_data._queries(build(500)[0], Crowd(), Crowd()) == []
+
+
+def test_a_rehearsal_says_it_once(tmp_path):
+    """Its short run sees fewer images, so that the alarm there would give another count of the same."""
+    rows = [{"title": OUT_OF_REACH, "text": "9 boxes"}, {"title": "Diverged", "text": "loss 9"}]
+    (tmp_path / "alarms.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert rehearsal._alarms(tmp_path) == ["Diverged: loss 9"]

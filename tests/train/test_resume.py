@@ -212,11 +212,25 @@ def test_auto_starts_goes_on_and_is_done(tmp_path, capsys):
     train(recipe("r", short), runs=tmp_path, resume="auto")
     assert "resumed from" not in capsys.readouterr().out
     train(recipe("r", short), runs=tmp_path, resume="auto")
-    assert "already done: 2 of 2 windows" in capsys.readouterr().out
+    assert "already done: 2 of 2 windows; a longer schedule.steps goes on" in capsys.readouterr().out
     train(recipe("r", short.replace("2", "3")), runs=tmp_path, resume="auto")
     said = capsys.readouterr().out
     assert "resumed from" in said and "changed since the checkpoint: schedule.steps: 2 -> 3" in said
     assert [row["step"] for row in inject.rows(tmp_path / "r") if "train/loss" in row] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("shorter", ["{steps: 1, kind: constant}", "{epochs: 0.25, kind: constant}"])
+def test_a_schedule_that_ended_before_is_refused_and_the_run_stays_as_it_was(tmp_path, shorter):
+    run = train(recipe("r", "schedule: {steps: 3, kind: constant}\n"), runs=tmp_path)
+    before = {p.name: p.read_bytes() for p in run.iterdir() if p.is_file() and p.name != "lock"}
+    assert {"recipe.yaml", "metrics.jsonl"} <= before.keys()
+    key = "schedule.steps=1" if "steps" in shorter else r"schedule.epochs=0.25"
+    for how in ({"resume": True}, {"resume": "auto"}):
+        with pytest.raises(UserError, match=rf"{key} ends after \d windows?, and .* has 3 behind it: a longer"):
+            train(recipe("r", f"schedule: {shorter}\n"), runs=tmp_path, **how)
+    with pytest.raises(UserError, match=rf"{key} ends after"):
+        train(recipe("b", f"schedule: {shorter}\n"), runs=tmp_path, branch=run)
+    assert {p.name: p.read_bytes() for p in run.iterdir() if p.is_file() and p.name != "lock"} == before
 
 
 def test_a_longer_schedule_says_the_rate_before_and_after(tmp_path, capsys):
