@@ -649,7 +649,7 @@ def _explain(error: Any, lines: dict[str, str], source: str) -> str:
             nested = ": {".join([*sections, f"{leaf}: ..."]) + "}" * len(sections)
             return f"{where}: {key} is written with dots on the command line only; here: {nested}"
         near = difflib.get_close_matches(key, _known(), n=1, cutoff=0.6) or _same_leaf(key)
-        hint = f"; did you mean {near[0]}?" if near else "; see detr-accel recipes for the keys there are"
+        hint = f"; did you mean {near[0]}?" if near else "; detr-accel recipes --schema FILE writes down all there are"
         return f"{where}: {key}: no such key{hint}"
     if error["type"] == "value_error":
         text = str(error["ctx"]["error"])

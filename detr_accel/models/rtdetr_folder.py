@@ -160,9 +160,11 @@ def _check_writable(loaded: Loaded) -> None:
     named = rtdetr_architecture.name_resnet(loaded.state_dict)
     base = model.backbone.name.split(".")[0]
     basic = "backbone.body.layer1.0.conv3.weight" not in loaded.state_dict
+    foreign = named is None or named.split(".")[0] != base
+    plain = basic and not rtdetr_architecture.has_first_shortcut(loaded.state_dict)
     faults = {
-        f"backbone {model.backbone.name}": named is None or named.split(".")[0] != base,
-        f"{base} without first_shortcut": basic and not rtdetr_architecture.has_first_shortcut(loaded.state_dict),
+        f"backbone {model.backbone.name}": foreign,
+        f"{base} without first_shortcut": plain and not foreign,
         f"num_points {r.num_points}": len(set(r.num_points)) > 1 or len(r.num_points) != 3,
         f"num_blocks {r.num_blocks}": r.num_blocks != 3,
         f"mlp_activation {r.mlp_activation}": r.mlp_activation != "relu",

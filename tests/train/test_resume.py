@@ -246,11 +246,11 @@ def test_what_would_be_another_training_is_refused_or_branched(tmp_path, capsys)
     train(recipe("r", short), runs=tmp_path)
     status = (tmp_path / "r" / "status.json").read_text()
     longer = short.replace("2", "4")
-    with pytest.raises(UserError, match=r"optim.lr: 0.0001 -> 0.001 makes another run.*--branch .*r name=NEW"):
+    with pytest.raises(UserError, match=r"optim.lr: 0.0001 -> 0.001 trains otherwise.*--branch .*r name=NEW"):
         train(recipe("r", longer + "optim: {lr: 1.0e-3}\n"), runs=tmp_path, resume=True)
     with pytest.raises(UserError, match=r"seed: 42 -> 7 cannot change on a resume"):
         train(recipe("r", longer + "seed: 7\n"), runs=tmp_path, resume=True)
-    with pytest.raises(UserError, match=r"ema.decay: 0.9998 -> 0.99 makes another run"):
+    with pytest.raises(UserError, match=r"ema.decay: 0.9998 -> 0.99 trains otherwise"):
         slower = recipe("r", longer).model_copy(update={"ema": recipes.Ema(enabled=True, decay=0.99)})
         train(slower, runs=tmp_path, resume=True)
     assert (tmp_path / "r" / "status.json").read_text() == status, "a refusal leaves the run as it was"
@@ -277,7 +277,7 @@ def test_queries_are_more_on_a_branch_where_they_are_picked_and_never_where_they
     assert changes.check(*picked, branch=True, run="runs/r") == [
         "changed since the checkpoint: model.num_queries: 100 -> 500"
     ]
-    with pytest.raises(UserError, match="makes another run of it.*--branch runs/r"):
+    with pytest.raises(UserError, match="trains otherwise than the run began.*--branch runs/r"):
         changes.check(*picked, branch=False, run="runs/r")
     for before in (of(), of("model.name=rtdetr", "model.rtdetr.learned_queries=true")):
         after = recipes.changed(before, ["model.num_queries=500"])
