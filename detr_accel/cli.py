@@ -304,6 +304,8 @@ def _preview(recipe, args) -> str:
 def _start(args, _) -> int:
     import re
 
+    import torch
+
     from detr_accel import data
 
     own = args.folder.stem if data.is_hub_file(args.folder) else args.folder.resolve().name
@@ -315,6 +317,9 @@ def _start(args, _) -> int:
     recipes.loads(text, str(out))
     with writing(out):
         out.write_text(text, encoding="utf-8")
+    if not torch.cuda.is_available():
+        small = f"recipes/rtdetr_tiny_cpu.yaml data.root={args.folder}"
+        text += f"\nNo GPU is seen here, and this detector wants one. A small one for CPUs: --recipe {small}"
     print("\n".join([*found, f"wrote {out}:", "", text]))
     return 0
 

@@ -472,8 +472,9 @@ def _read_yaml(path: Path) -> tuple[dict, dict[str, str]]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        known = sorted(p.name for p in folder().glob("*.yaml"))
-        raise UserError(f"no recipe at {path}; shipped ones in {folder()}: {', '.join(known)}") from None
+        known = f"; shipped ones in {folder()}: {', '.join(sorted(p.name for p in folder().glob('*.yaml')))}"
+        what = f"no recipe at {path}{known}" if path.suffix in (".yaml", ".yml") else f"no folder or recipe at {path}"
+        raise UserError(what) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read recipe {path}: {error}") from None
     return _parse(text, str(path))
@@ -649,8 +650,8 @@ def _explain(error: Any, lines: dict[str, str], source: str) -> str:
             nested = ": {".join([*sections, f"{leaf}: ..."]) + "}" * len(sections)
             return f"{where}: {key} is written with dots on the command line only; here: {nested}"
         near = difflib.get_close_matches(key, _known(), n=1, cutoff=0.6) or _same_leaf(key)
-        hint = f"; did you mean {near[0]}?" if near else "; detr-accel recipes --schema FILE writes down all there are"
-        return f"{where}: {key}: no such key{hint}"
+        hint = f"did you mean {near[0]}?" if near else "detr-accel recipes --schema FILE writes down all there are"
+        return f"{where}: {key}: no such key; {hint}"
     if error["type"] == "value_error":
         text = str(error["ctx"]["error"])
         return f"{where}: {key}: {text}" if key else f"{source}: {text}"

@@ -118,7 +118,10 @@ class Model(Section):
         if self.name == "rtdetr" and int(self.rtdetr.expansion * width) < 1:
             raise ValueError(f"rtdetr.expansion {self.rtdetr.expansion:g} leaves nothing of encoder_dim {width}")
         if self.name != "rtdetr" and self.rtdetr != RtDetr():
-            raise ValueError(f"rtdetr is set, but name is {self.name}, which reads nothing of it: set name=rtdetr")
+            raise ValueError(
+                f"rtdetr is set, but model.name is {self.name}, which reads nothing of it: leave it out, or set "
+                "model.name=rtdetr"
+            )
         return self
 
 

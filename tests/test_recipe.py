@@ -85,7 +85,7 @@ def test_all_mistakes_are_told_at_once_each_with_its_line(tmp_path):
             "model: {name: rtdetr}\nloss: {kind: ce}",
             "loss.kind is ce, which does not fit model.name rtdetr: use vfl or mal (or auto)",
         ),
-        ("model: {rtdetr: {encoder_dim: 384}}", "is set, but name is detr, which reads nothing of it: set name=rtdetr"),
+        ("model: {rtdetr: {encoder_dim: 384}}", "but model.name is detr, which reads nothing of it: leave it out"),
         ("model: {name: rtdetr, rtdetr: {num_points: []}}", "model.rtdetr.num_points: [] is refused"),
         ("model: {name: rtdetr, rtdetr: {expansion: 0.001}}", "expansion 0.001 leaves nothing of encoder_dim 256"),
         ("model: {name: rtdetr, backbone: {dc5: true}}", "backbone.dc5 belongs to DETR"),

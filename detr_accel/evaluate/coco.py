@@ -76,7 +76,7 @@ class Metrics:
             rows.append(
                 f"{self.out_of_reach} of {sum(self.num_objects.values())} objects cannot be found: their images hold "
                 f"more of their class than evaluate.max_detections, which is {self.max_detections} (COCO: 100)"
-                + ("" if self.num_queries is None else f", or more than model.num_queries, {self.num_queries}")
+                + ("" if self.num_queries is None else f", or more than there are queries, {self.num_queries}")
             )
         if self.num_not_finite:
             rows.append(f"{self.num_not_finite} detections were not finite and are left out")

@@ -84,7 +84,8 @@ def _changed(recipe: Recipe, overrides: Sequence[str]) -> tuple[Recipe, list[str
     m, (queries, sampling) = recipe.model, FREE
     given = {text.partition("=")[0].strip(): text for text in overrides}
     if strange := [text for key, text in given.items() if key not in FREE]:
-        raise UserError(f"{strange[0]}: of a trained model only {' and '.join(FREE)} can be set, the rest is weights")
+        known = f"{' and '.join(FREE)} of an RT-DETR"
+        raise UserError(f"{strange[0]}: only {known} can be set, the rest belongs to the weights")
     if m.name != "rtdetr":
         why = {
             queries: f"a DETR's {m.num_queries} queries are weights",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from collections.abc import Sequence
@@ -52,11 +53,12 @@ def evaluate_checkpoint(
     of_model = [text for text in overrides if text.partition("=")[0].strip() in FREE]
     of_data = [text for text in overrides if text not in of_model]
     for text in of_data:
-        if text.partition("=")[0].strip().split(".")[0] not in ("data", "evaluate"):
-            raise UserError(
-                f"{text}: an evaluation takes keys of data and evaluate, and {' and '.join(FREE)} of an RT-DETR; the "
-                "rest belongs to the weights"
-            )
+        key = text.partition("=")[0].strip()
+        if key.split(".")[0] not in ("data", "evaluate"):
+            near = difflib.get_close_matches(key, FREE, n=1, cutoff=0.8)
+            known = f"keys of data and evaluate, and {' and '.join(FREE)} of an RT-DETR"
+            rest = f"an evaluation takes {known}; the rest belongs to the weights"
+            raise UserError(f"{text}: " + (f"did you mean {near[0]}?" if near else rest))
     detector = load(path, decoder_layers=decoder_layers, device=device, precision=precision, overrides=of_model)
     detector.recipe = recipe = recipes.changed(detector.recipe, of_data) if of_data else detector.recipe
     source = _source(detector, split, data_folder)
@@ -64,7 +66,7 @@ def evaluate_checkpoint(
     said += _trained_on(detector, source, data_folder)
     batches = data.eval_batches(recipe, source, rank=0, num_ranks=1, mean=detector.model.mean, std=detector.model.std)
     total = -(-len(source) // recipe.evaluate.batch)
-    num_queries, few = _queries(detector, asked=bool(of_model))
+    num_queries, few = _queries(detector, asked=any(text.partition("=")[0].strip() == FREE[0] for text in of_model))
     try:
         metrics = evaluate.run(
             lambda batch: detector(batch, recipe.evaluate.max_detections), batches,

@@ -51,13 +51,13 @@ def build(
 
 
 def num_cells(side_px: int, strides: Sequence[int]) -> int:
-    """Of all feature maps of a square image."""
+    """Of all feature maps of a square image whose side the strides divide."""
     return sum(math.ceil(side_px / stride) ** 2 for stride in strides)
 
 
 def check_cells(recipe: Recipe, model: nn.Module, *, train: bool = True) -> None:
-    """RT-DETR's queries are chosen among cells: the smallest square must have as many, or training ends when one is
-    drawn.
+    """RT-DETR's queries are chosen among cells: the smallest square must have as many. Training would end when one is
+    drawn that has fewer, and an evaluation would go on with fewer queries.
 
     Args:
         train: False looks at the squares of an evaluation alone.
@@ -77,11 +77,12 @@ def check_cells(recipe: Recipe, model: nn.Module, *, train: bool = True) -> None
 
 
 def most_queries(recipe: Recipe, model: nn.Module, side_px: int) -> int:
-    """How many of its queries a detector has on a square: an RT-DETR's are chosen among the cells that there are."""
+    """How many of its queries a detector has on a square: an RT-DETR's are chosen among the cells that there are. Where
+    images keep their shapes (``data.square`` false) that differs between them, and all count."""
     asked = recipe.model.num_queries
     if recipe.model.name != "rtdetr" or not recipe.data.square:
         return asked
-    return min(asked, num_cells(side_px, model.backbone.strides))
+    return min(asked, model.backbone.num_cells(side_px))
 
 
 def build_criterion(recipe: Recipe, num_classes: int) -> nn.Module:

@@ -90,6 +90,17 @@ class Backbone(nn.Module):
         """Whether there is anything that ``checkpoint_blocks`` could switch on."""
         return any(_is_stage(m) or isinstance(m, _CheckpointedBlocks) for m in self.body.modules())
 
+    @torch.no_grad()
+    def num_cells(self, side_px: int) -> int:
+        """Cells of all maps of a square image, found on the meta device, where nothing is computed: models round a side
+        that their strides do not divide up or down."""
+        there = {n: torch.empty_like(t, device="meta") for n, t in [*self.named_parameters(), *self.named_buffers()]}
+        try:
+            maps = torch.func.functional_call(self, there, (torch.empty(1, 3, side_px, side_px, device="meta"),))
+        except NotImplementedError:  # an operation without a meta version
+            return sum(-(-side_px // stride) ** 2 for stride in self.strides)
+        return sum(m.shape[-2] * m.shape[-1] for m in maps)
+
     def forward(self, images: Tensor) -> list[Tensor]:
         """images [B, 3, H, W] -> maps [B, C, h, w], finest first; h and w are rounded up where the stride does not
         divide H and W (down by some models)."""

@@ -163,8 +163,10 @@ def _check_writable(loaded: Loaded) -> None:
     foreign = named is None or named.split(".")[0] != base
     plain = basic and not rtdetr_architecture.has_first_shortcut(loaded.state_dict)
     faults = {
-        f"backbone {model.backbone.name}": foreign,
-        f"{base} without first_shortcut": plain and not foreign,
+        f"backbone {model.backbone.name} (only resnet18d, resnet34d, resnet50d, resnet101d)": foreign,
+        f"{base} without a convolution in its first shortcut (train with model.backbone.first_shortcut=true)": (
+            plain and not foreign
+        ),
         f"num_points {r.num_points}": len(set(r.num_points)) > 1 or len(r.num_points) != 3,
         f"num_blocks {r.num_blocks}": r.num_blocks != 3,
         f"mlp_activation {r.mlp_activation}": r.mlp_activation != "relu",

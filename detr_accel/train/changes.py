@@ -119,8 +119,8 @@ def check(before: Recipe, after: Recipe, *, branch: bool, run: str) -> list[str]
             )
         elif kind == BRANCHING and not branch:
             refused.append(
-                f"{change} trains otherwise than the run began: put it back to resume, or branch off with --branch "
-                f"{run} name=NEW"
+                f"{change} would train differently from how this run began: put it back to resume, or branch off with "
+                f"--branch {run} name=NEW"
             )
         elif key != "name":
             notes.append(f"changed since the checkpoint: {change}")

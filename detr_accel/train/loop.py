@@ -106,16 +106,27 @@ def _train(
             mode=on_main(accelerator, lambda: monitor.wandb_mode(recipe)),
         )  # fmt: skip
         with sinks, Roll(accelerator, recipe.dist.timeout_minutes).watch(sinks, run, state):
+            notes += parts.too_short(recipe, built.length)
             notes += sinks.phases.expect(plan.at_start(built, state.micro, state.checkpointed))
             built.runner.phases = sinks.phases
             for line in [*splits.found, *built.loaded, *notes, launch.describe(accelerator), arithmetic]:
                 sinks.say(line)
             finished = _windows(built, run, state, sinks, stop)
+            if finished:
+                sinks.say(_done(run, state, recipe))
             if accelerator.is_main_process and not finished:  # now: closing may outlast the launcher's patience
                 run.status("resume", window=state.window)
             return finished
     finally:
         stop.restore()
+
+
+def _done(run: RunFolder, state: State, recipe: Recipe) -> str:
+    """The run's last line: what there is now, and who takes it."""
+    place, words = "last", f"after window {state.window}"
+    if state.best is not None and state.best_window is not None:
+        place, words = "best", f"{recipe.evaluate.metric} {100 * state.best:.1f} after window {state.best_window}"
+    return f"done: {run.checkpoints / place} ({words}); detr-accel eval {run.path} scores it again, predict shows it"
 
 
 def _best(state: State) -> tuple[float, int] | None:
@@ -144,7 +155,7 @@ def _windows(built: Parts, run: RunFolder, state: State, sinks, stop: StopSignal
         return turn.over
     if state.window >= built.length.total:
         longer = resuming.length_key(recipe)
-        sinks.say(f"already done: {state.window} of {built.length.total} windows; a longer {longer} goes on")
+        sinks.say(f"already done: {state.window} of {built.length.total} windows; raise {longer} to go on")
     windows, clock = Feeder(built, state.window, state.micro), built.runner.clock
     for line in windows.said:
         sinks.say(line)

@@ -136,6 +136,17 @@ def measure(recipe: Recipe, num_images: int) -> Length:
     return Length(per_epoch, data.total_windows(recipe, num_images))
 
 
+def too_short(recipe: Recipe, length: Length) -> list[str]:
+    """Words for a run that ends before its warm-up does."""
+    warmup = recipe.schedule.warmup_steps
+    if warmup < length.total:
+        return []
+    return [
+        f"beware: schedule.warmup_steps is {warmup} and the run ends after {length.total}: the learning rate rises to "
+        "the end and never comes to optim.lr; lower it, or train longer"
+    ]
+
+
 def window_size(parts: Parts, window: int) -> int:
     """Images of a window over all processes, as planned."""
     within, size = window % parts.length.per_epoch, parts.recipe.batch.size

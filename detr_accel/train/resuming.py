@@ -69,12 +69,12 @@ def _restore(parts: Parts, folder: Path, branch: bool) -> tuple[State, list[str]
     before = recipes.loads((folder / "recipe.yaml").read_text(encoding="utf-8"), str(folder / "recipe.yaml"))
     notes = changes.check(before, recipe, branch=branch, run=str(folder.parents[1]))
     state = load_into(parts, folder)
-    _check_length(recipe, state.window, parts.length.total, folder)
     if state.fingerprint != parts.splits.train.fingerprint():
         raise UserError(
             f"the training data differ from those of {folder}: the sample order would not go on where it stopped; put "
             "the data back, or start a new run with model.init_from set to this one"
         )
+    _check_length(recipe, state.window, parts.length.total, folder)
     old_factor = schedule_of(before, measure(before, len(parts.splits.train)))
     kept = 0 if branch or recipe.schedule.kind != "plateau" else state.plateau.drops
     notes += changes.lr_note(
@@ -112,8 +112,9 @@ def _check_length(recipe: Recipe, done: int, total: int, folder: Path) -> None:
         key = length_key(recipe)
         value = getattr(recipe.schedule, key.partition(".")[2])
         raise UserError(
-            f"{key}={value:g} ends after {total} window{'s' * (total != 1)}, and {folder} has {done} behind it: a "
-            f"longer {key} goes on; for a shorter run start anew under another name"
+            f"{key}={value if isinstance(value, int) else f'{value:g}'} ends after {total} window{'s' * (total != 1)}, "
+            f"and {folder} has {done} behind it: raise {key} to go on; for a shorter training start a new run, with "
+            f"model.init_from={folder.parents[1]} from these weights"
         )
 
 

@@ -233,4 +233,4 @@ def test_an_image_of_400_objects_is_found_whole_where_so_many_may_be_told(backen
     for words in ("300 of 400 objects cannot be found", "evaluate.max_detections, which is 100"):
         assert words in cut.table()
     few = evaluate.score(truth, found, identity(truth), max_detections=400, num_queries=300, backend=backend)
-    assert few.out_of_reach == 100 and "or more than model.num_queries, 300" in few.table()
+    assert few.out_of_reach == 100 and "or more than there are queries, 300" in few.table()

@@ -262,6 +262,10 @@ def test_there_are_no_more_queries_than_cells_and_what_cannot_be_found_counts_fr
     small, notes = evaluated(tmp_path / "one", overrides=["evaluate.max_detections=500", "data.eval_size=32"])
     assert small.num_queries == 21 and said(notes, "queries: 21 of 84, as squares of 32 pixels have no more cells")
     assert small.num_detections == 3 * 21 * len(CLASSES)
+    discrete = ["evaluate.max_detections=500", "data.eval_size=32", "model.rtdetr.sampling=discrete"]
+    assert evaluated(tmp_path / "one", overrides=discrete)[0].num_queries == 21, "nobody asked for more of them"
+    with pytest.raises(UserError, match="model.num_querys=9: did you mean model.num_queries"):
+        evaluated(tmp_path / "one", overrides=["model.num_querys=9"])
 
 
 def test_what_belongs_to_a_detrs_weights_cannot_be_set(tmp_path, make_run, make_coco):
@@ -270,5 +274,5 @@ def test_what_belongs_to_a_detrs_weights_cannot_be_set(tmp_path, make_run, make_
         evaluated(run, overrides=["model.num_queries=70"])
     with pytest.raises(UserError, match="model.rtdetr.sampling=discrete: a DETR samples nothing"):
         evaluated(run, overrides=["model.rtdetr.sampling=discrete"])
-    with pytest.raises(UserError, match="model.hidden_dim=8: of a trained model only model.num_queries and"):
+    with pytest.raises(UserError, match="model.hidden_dim=8: only model.num_queries and .* of an RT-DETR"):
         detector.load(run, overrides=["model.hidden_dim=8"])

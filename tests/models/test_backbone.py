@@ -94,6 +94,17 @@ def test_a_strided_1x1_convolution_of_few_channels_is_not_given_channels_last(na
     assert not any(seen.values()), "elsewhere channels last is the faster one"
 
 
+@pytest.mark.parametrize("name", ["resnet18d", "convnext_atto", "repvgg_a0"])
+def test_cells_are_counted_as_a_model_rounds_them(name):
+    backbone = Backbone(name, norm="live", num_maps=3).train()
+    state = {n: t.clone() for n, t in backbone.state_dict().items()}
+    counted = [backbone.num_cells(side) for side in (64, 63, 50)]
+    assert all(torch.equal(t, state[n]) for n, t in backbone.state_dict().items()), "nothing was computed"
+    with torch.no_grad():
+        seen = [sum(m[0, 0].numel() for m in backbone.eval()(torch.zeros(1, 3, side, side))) for side in (64, 63, 50)]
+    assert counted == seen and seen[0] == 84
+
+
 def test_layer_norm_and_group_norm_stay_and_train():
     backbone = Backbone("convnext_atto", norm="frozen", frozen_stages=0)
     norms = [m for m in backbone.modules() if isinstance(m, nn.LayerNorm)]

@@ -318,8 +318,9 @@ def test_what_is_not_our_rtdetr_is_refused_in_one_sentence(v1, tmp_path, change,
     ({"first_shortcut": False}, "official", "train with model.backbone.first_shortcut=true"),
     ({"rtdetr": DEIM}, "transformers", "does not have mlp_activation silu, query_pos_layers 3"),
     ({"rtdetr": {"num_points": [4, 2, 4]}}, "transformers", r"does not have num_points \[4, 2, 4\]"),
-    ({"first_shortcut": False}, "transformers", "resnet18d without first_shortcut"),
-], ids=["backbone", "shortcut", "deim", "points", "shortcut-hf"])  # fmt: skip
+    ({"first_shortcut": False}, "transformers", "resnet18d without .* model.backbone.first_shortcut=true"),
+    ({"backbone": "test_resnet.r160_in1k"}, "transformers", r"backbone test_resnet.r160_in1k \(only .*101d\): keep"),
+], ids=["backbone", "shortcut", "deim", "points", "shortcut-hf", "backbone-hf"])  # fmt: skip
 def test_a_format_that_cannot_hold_a_detector_says_so_and_leaves_no_file(tmp_path, options, to, sentence):
     with pytest.raises(UserError, match=sentence):
         convert.write(loaded(**options), tmp_path / "x", to=to)

@@ -210,9 +210,11 @@ def test_a_smaller_cut_is_kept_over_a_resume(tmp_path, monkeypatch):
 def test_auto_starts_goes_on_and_is_done(tmp_path, capsys):
     short = "schedule: {steps: 2, kind: constant}\n"
     train(recipe("r", short), runs=tmp_path, resume="auto")
-    assert "resumed from" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "resumed from" not in said
+    assert said.splitlines()[-1].startswith(f"done: {tmp_path / 'r'}/checkpoints/best (AP ")
     train(recipe("r", short), runs=tmp_path, resume="auto")
-    assert "already done: 2 of 2 windows; a longer schedule.steps goes on" in capsys.readouterr().out
+    assert "already done: 2 of 2 windows; raise schedule.steps to go on" in capsys.readouterr().out
     train(recipe("r", short.replace("2", "3")), runs=tmp_path, resume="auto")
     said = capsys.readouterr().out
     assert "resumed from" in said and "changed since the checkpoint: schedule.steps: 2 -> 3" in said
@@ -220,17 +222,28 @@ def test_auto_starts_goes_on_and_is_done(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("shorter", ["{steps: 1, kind: constant}", "{epochs: 0.25, kind: constant}"])
-def test_a_schedule_that_ended_before_is_refused_and_the_run_stays_as_it_was(tmp_path, shorter):
+def test_a_schedule_that_ended_before_is_refused_and_the_run_stays_as_it_was(tmp_path, monkeypatch, shorter):
     run = train(recipe("r", "schedule: {steps: 3, kind: constant}\n"), runs=tmp_path)
     before = {p.name: p.read_bytes() for p in run.iterdir() if p.is_file() and p.name != "lock"}
     assert {"recipe.yaml", "metrics.jsonl"} <= before.keys()
     key = "schedule.steps=1" if "steps" in shorter else r"schedule.epochs=0.25"
     for how in ({"resume": True}, {"resume": "auto"}):
-        with pytest.raises(UserError, match=rf"{key} ends after \d windows?, and .* has 3 behind it: a longer"):
+        with pytest.raises(UserError, match=rf"{key} ends after \d windows?, and .* has 3 behind it: raise schedule"):
             train(recipe("r", f"schedule: {shorter}\n"), runs=tmp_path, **how)
+    with monkeypatch.context() as patch:
+        patch.setattr(ShapesSource, "fingerprint", lambda self: "other images")
+        with pytest.raises(UserError, match="the training data differ"):
+            train(recipe("r", f"schedule: {shorter}\n"), runs=tmp_path, resume=True)
     with pytest.raises(UserError, match=rf"{key} ends after"):
         train(recipe("b", f"schedule: {shorter}\n"), runs=tmp_path, branch=run)
     assert {p.name: p.read_bytes() for p in run.iterdir() if p.is_file() and p.name != "lock"} == before
+
+
+def test_a_run_that_ends_before_its_warm_up_says_so(tmp_path, capsys):
+    for steps, name in ((2, "short"), (3, "enough")):
+        train(recipe(name, f"schedule: {{steps: {steps}, warmup_steps: 2}}\n"), runs=tmp_path)
+        said = "schedule.warmup_steps is 2 and the run ends after 2" in capsys.readouterr().out
+        assert said == (name == "short")
 
 
 def test_a_longer_schedule_says_the_rate_before_and_after(tmp_path, capsys):
@@ -246,11 +259,11 @@ def test_what_would_be_another_training_is_refused_or_branched(tmp_path, capsys)
     train(recipe("r", short), runs=tmp_path)
     status = (tmp_path / "r" / "status.json").read_text()
     longer = short.replace("2", "4")
-    with pytest.raises(UserError, match=r"optim.lr: 0.0001 -> 0.001 trains otherwise.*--branch .*r name=NEW"):
+    with pytest.raises(UserError, match=r"optim.lr: 0.0001 -> 0.001 would train differently.*--branch .*r name=NEW"):
         train(recipe("r", longer + "optim: {lr: 1.0e-3}\n"), runs=tmp_path, resume=True)
     with pytest.raises(UserError, match=r"seed: 42 -> 7 cannot change on a resume"):
         train(recipe("r", longer + "seed: 7\n"), runs=tmp_path, resume=True)
-    with pytest.raises(UserError, match=r"ema.decay: 0.9998 -> 0.99 trains otherwise"):
+    with pytest.raises(UserError, match=r"ema.decay: 0.9998 -> 0.99 would train differently"):
         slower = recipe("r", longer).model_copy(update={"ema": recipes.Ema(enabled=True, decay=0.99)})
         train(slower, runs=tmp_path, resume=True)
     assert (tmp_path / "r" / "status.json").read_text() == status, "a refusal leaves the run as it was"
@@ -277,7 +290,7 @@ def test_queries_are_more_on_a_branch_where_they_are_picked_and_never_where_they
     assert changes.check(*picked, branch=True, run="runs/r") == [
         "changed since the checkpoint: model.num_queries: 100 -> 500"
     ]
-    with pytest.raises(UserError, match="trains otherwise than the run began.*--branch runs/r"):
+    with pytest.raises(UserError, match="would train differently from how this run began.*--branch runs/r"):
         changes.check(*picked, branch=False, run="runs/r")
     for before in (of(), of("model.name=rtdetr", "model.rtdetr.learned_queries=true")):
         after = recipes.changed(before, ["model.num_queries=500"])
