@@ -144,6 +144,7 @@ def test_deterministic_reads_are_counted_on_a_gpu_and_nowhere_else():
     assert peaks(still, 4).bytes == peaks(recipe, 4).bytes
 
 
+@pytest.mark.slow
 def test_norms_that_train_keep_four_images_as_long_as_checkpointing_helps():
     auto = small(*RTDETR, "batch.micro=auto", "model.activation_checkpointing=auto")
     steps = [
