@@ -50,11 +50,11 @@ def evaluate_checkpoint(
             detections.parent.mkdir(parents=True, exist_ok=True)
             detections.touch()
             detections.unlink()
-    of_model = [text for text in overrides if text.partition("=")[0].strip() in FREE]
+    keys = [text.partition("=")[0].strip() for text in overrides]
+    of_model = [text for key, text in zip(keys, overrides, strict=True) if key in FREE]
     of_data = [text for text in overrides if text not in of_model]
-    for text in of_data:
-        key = text.partition("=")[0].strip()
-        if key.split(".")[0] not in ("data", "evaluate"):
+    for key, text in zip(keys, overrides, strict=True):
+        if key not in FREE and key.split(".")[0] not in ("data", "evaluate"):
             near = difflib.get_close_matches(key, FREE, n=1, cutoff=0.8)
             known = f"keys of data and evaluate, and {' and '.join(FREE)} of an RT-DETR"
             rest = f"an evaluation takes {known}; the rest belongs to the weights"
@@ -66,7 +66,7 @@ def evaluate_checkpoint(
     said += _trained_on(detector, source, data_folder)
     batches = data.eval_batches(recipe, source, rank=0, num_ranks=1, mean=detector.model.mean, std=detector.model.std)
     total = -(-len(source) // recipe.evaluate.batch)
-    num_queries, few = _queries(detector, asked=any(text.partition("=")[0].strip() == FREE[0] for text in of_model))
+    num_queries, few = _queries(detector, asked=FREE[0] in keys)
     try:
         metrics = evaluate.run(
             lambda batch: detector(batch, recipe.evaluate.max_detections), batches,
@@ -95,12 +95,12 @@ def _queries(detector: Detector, *, asked: bool) -> tuple[int, list[str]]:
         UserError: more were asked for than there can be.
     """
     recipe, model = detector.recipe, detector.model
-    if asked:
-        models.check_cells(recipe, model, train=False)
     side = min(recipe.data.eval_size, recipe.data.eval_max_size)
     num = models.most_queries(recipe, model, side)
     if num == recipe.model.num_queries:
         return num, []
+    if asked:
+        models.check_cells(recipe, model, train=False)
     return num, [f"queries: {num} of {recipe.model.num_queries}, as squares of {side} pixels have no more cells"]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 from detr_accel.models import weights
-from detr_accel.models.backbone import Backbone
+from detr_accel.models.backbone import Backbone, num_cells
 from detr_accel.models.class_losses import CrossEntropy, Matchability, Varifocal
 from detr_accel.models.denoising import Noise
 from detr_accel.models.detr import DETR, keep_decoder_layers
@@ -27,7 +26,7 @@ from detr_accel.structures import Targets, UserError
 __all__ = [
     "build", "build_criterion", "check_cells", "checkpoint_parts", "checkpointing_ladder", "detections",
     "detections_of", "init_from",
-    "keep_decoder_layers", "most_queries", "not_decayed", "param_groups", "weights",
+    "keep_decoder_layers", "most_queries", "not_decayed", "num_cells", "param_groups", "weights",
 ]  # fmt: skip
 
 
@@ -48,11 +47,6 @@ def build(
         model.backbone.requires_grad_(False)
     is_meta = any(p.is_meta for p in model.parameters())
     return model if is_meta else model.to(device)
-
-
-def num_cells(side_px: int, strides: Sequence[int]) -> int:
-    """Of all feature maps of a square image whose side the strides divide."""
-    return sum(math.ceil(side_px / stride) ** 2 for stride in strides)
 
 
 def check_cells(recipe: Recipe, model: nn.Module, *, train: bool = True) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import OrderedDict
+from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
 
@@ -98,7 +99,7 @@ class Backbone(nn.Module):
         try:
             maps = torch.func.functional_call(self, there, (torch.empty(1, 3, side_px, side_px, device="meta"),))
         except NotImplementedError:  # an operation without a meta version
-            return sum(-(-side_px // stride) ** 2 for stride in self.strides)
+            return num_cells(side_px, self.strides)
         return sum(m.shape[-2] * m.shape[-1] for m in maps)
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -115,6 +116,11 @@ class Backbone(nn.Module):
             ends = [[-(-side // stride) for side in sides] for stride in self.strides]
             maps = [features[..., :h, :w] for features, (h, w) in zip(maps, ends, strict=True)]
         return maps
+
+
+def num_cells(side_px: int, strides: Sequence[int]) -> int:
+    """Of all feature maps of a square image whose side the strides divide."""
+    return sum((-(-side_px // stride)) ** 2 for stride in strides)
 
 
 def _create(name: str, weights: str, dc5: bool, num_maps: int) -> tuple[nn.Module, int]:

@@ -124,8 +124,8 @@ def _train(
 def _done(run: RunFolder, state: State, recipe: Recipe) -> str:
     """The run's last line: what there is now, and who takes it."""
     place, words = "last", f"after window {state.window}"
-    if state.best is not None and state.best_window is not None:
-        place, words = "best", f"{recipe.evaluate.metric} {100 * state.best:.1f} after window {state.best_window}"
+    if (best := _best(state)) is not None:
+        place, words = "best", f"{recipe.evaluate.metric} {100 * best[0]:.1f} after window {best[1]}"
     return f"done: {run.checkpoints / place} ({words}); detr-accel eval {run.path} scores it again, predict shows it"
 
 

@@ -105,6 +105,14 @@ def test_cells_are_counted_as_a_model_rounds_them(name):
     assert counted == seen and seen[0] == 84
 
 
+def test_cells_are_rounded_up_where_the_meta_device_lacks_an_operation(monkeypatch):
+    def lacking(*_):
+        raise NotImplementedError
+
+    monkeypatch.setattr(torch.func, "functional_call", lacking)
+    assert Backbone("resnet18d", norm="live", num_maps=3).num_cells(63) == 8**2 + 4**2 + 2**2
+
+
 def test_layer_norm_and_group_norm_stay_and_train():
     backbone = Backbone("convnext_atto", norm="frozen", frozen_stages=0)
     norms = [m for m in backbone.modules() if isinstance(m, nn.LayerNorm)]
